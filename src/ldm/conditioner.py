@@ -1,0 +1,114 @@
+"""Captions to context: the tokenizer and the text tower that a U-Net listens to, and the null caption.
+
+B batch, L tokens, D width.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.nn.clip import TextTower
+
+NULL_CAPTION = ""
+"""What "no caption" is, in training and in sampling alike; diffusers' pipelines say the same."""
+
+
+class Conditioner(nn.Module):
+    """Turn captions into context: tokenize, cut or pad to the tokenizer's length, run the text tower.
+
+    The context is the tower's last hidden state after its final layer norm, padding included and unmasked, as in
+    Stable Diffusion (arXiv:2112.10752 and its released code).
+
+    Args:
+        tokenizer: a `transformers.CLIPTokenizer`.
+        text_tower: embeds at least the tokenizer's vocabulary and length.
+
+    Raises:
+        ValueError: the tokenizer's vocabulary is larger than the tower's embedding.
+    """
+
+    def __init__(self, tokenizer: Any, text_tower: TextTower) -> None:
+        super().__init__()
+        if len(tokenizer) > text_tower.config["vocab_size"]:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder embeds {text_tower.config['vocab_size']}"
+            )
+        self.tokenizer = tokenizer
+        self.text_tower = text_tower
+        self.max_length = min(tokenizer.model_max_length, text_tower.config["max_position_embeddings"])
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Return (B, L) int64 token ids; captions longer than L are cut, shorter ones padded."""
+        return tokenize(self.tokenizer, captions, self.max_length)
+
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        """Return the context of captions, (B, L, D)."""
+        device = self.text_tower.embeddings.token_embedding.weight.device
+        hidden, _ = self.text_tower(self.tokenize(captions).to(device))
+        return hidden
+
+    def null_context(self) -> Tensor:
+        """Return the context of the null caption, (L, D)."""
+        return self([NULL_CAPTION])[0]
+
+    def num_tokens(self, caption: str) -> int:
+        """Count a caption's tokens, begin and end included, before it is cut to L."""
+        return len(self.tokenizer(caption)["input_ids"])
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> Tensor:
+    """Return (B, max_length) int64 token ids, cut and padded."""
+    batch = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+    )
+    return batch["input_ids"]
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> Any:
+    """Train CLIP's byte-pair vocabulary on captions.
+
+    CLIP (arXiv:2103.00020) section 2.4: lower-cased byte-pair encoding between a begin and an end token. Every byte
+    is in the vocabulary, inside a word and at its end, so that no text is unknown.
+
+    Args:
+        captions: text to learn merges from.
+        vocab_size: at most so many tokens, 514 of them bytes and the two special ones.
+        max_length: tokens a caption is cut and padded to.
+
+    Returns:
+        A `transformers.CLIPTokenizer`.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    template = CLIPTokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer, bpe.pre_tokenizer = template.normalizer, template.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(captions, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    base = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    merges = merges[: vocab_size - len(base) - 2]
+    tokens = dict.fromkeys([*base, *("".join(merge) for merge in merges)])  # two merges may give one token
+    vocab = {token: i for i, token in enumerate([*tokens, begin, end])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def num_truncated(conditioner: Conditioner, captions: Iterable[str]) -> int:
+    """Count the captions that are longer than the text encoder reads."""
+    return sum(conditioner.num_tokens(caption) > conditioner.max_length for caption in captions)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """Put a module in eval mode and stop gradients into it."""
+    return module.eval().requires_grad_(False)
+
+
+__all__ = ["NULL_CAPTION", "Conditioner", "frozen", "num_truncated", "tokenize", "train_tokenizer"]

@@ -1,0 +1,385 @@
+"""The typed schema of every config: unknown keys, ranges and combinations are checked before anything is loaded.
+
+Hydra composes YAML, `check` turns it into one of the frozen classes below or raises `UserError` naming the key.
+Options of the networks carry no defaults here: what YAML leaves out takes the default of the class in `ldm.nn`.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError
+from pydantic import NonNegativeFloat as Fraction0
+from pydantic import NonNegativeInt as Count0
+from pydantic import model_validator
+
+from ldm.cli import nearest
+from ldm.errors import UserError
+
+Stage = Literal["autoencoder", "clip", "diffusion"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that the config states, for a constructor that holds the defaults of the others."""
+        return {key: value for key, value in self.model_dump().items() if value is not None}
+
+
+class Target(BaseModel):
+    """Something that the user plugs in by dotted path; the other keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    target: str = Field(alias="_target_", min_length=1)
+
+    def node(self) -> dict[str, Any]:
+        return self.model_dump(by_alias=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+class DataBase(Section):
+    resolution: PositiveInt
+    batch_size: PositiveInt
+    num_workers: Count0
+    cache: bool
+    num_val: PositiveInt
+
+
+class ShapesData(DataBase):
+    kind: Literal["shapes"]
+    objects: Literal[1, 2]
+    num_train: PositiveInt
+    seed: Count0
+
+
+class HubData(DataBase):
+    kind: Literal["hub"]
+    path: str = Field(min_length=1)
+    subset: str | None
+    split: str
+    revision: str | None
+    image_column: str
+    caption_column: str
+
+
+class CustomData(DataBase):
+    kind: Literal["custom"]
+    source: Target
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+
+Data = Annotated[
+    Annotated[ShapesData, Tag("shapes")] | Annotated[HubData, Tag("hub")] | Annotated[CustomData, Tag("custom")],
+    Discriminator(_kind),
+]
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+Widths = Annotated[list[PositiveInt], Field(min_length=1)]
+
+
+class VAE(Section):
+    pretrained: str | None = None
+    block_out_channels: Widths | None = None
+    layers_per_block: PositiveInt | None = None
+    latent_channels: PositiveInt | None = None
+    norm_num_groups: PositiveInt | None = None
+    mid_block_add_attention: bool | None = None
+    use_quant_conv: bool | None = None
+    use_post_quant_conv: bool | None = None
+
+
+class Tower(Section):
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    hidden_act: Literal["gelu", "quick_gelu"] | None = None
+
+
+class VisionTower(Tower):
+    patch_size: PositiveInt
+
+
+class TextEncoder(Section):
+    pretrained: str | None = None
+    projection_dim: PositiveInt | None = None
+    vocab_size: Annotated[int, Field(ge=515)] | None = None
+    max_length: Annotated[int, Field(ge=4)] | None = None
+    text: Tower | None = None
+    vision: VisionTower | None = None
+
+
+class UNet(Section):
+    pretrained: str | None = None
+    in_channels: PositiveInt | None = None
+    out_channels: PositiveInt | None = None
+    block_out_channels: Widths | None = None
+    layers_per_block: PositiveInt | None = None
+    down_block_types: list[Literal["DownBlock2D", "CrossAttnDownBlock2D"]] | None = None
+    up_block_types: list[Literal["UpBlock2D", "CrossAttnUpBlock2D"]] | None = None
+    attention_head_dim: PositiveInt | list[PositiveInt] | None = None
+    transformer_layers_per_block: PositiveInt | list[PositiveInt] | None = None
+    cross_attention_dim: PositiveInt | None = None
+    use_linear_projection: bool | None = None
+    norm_num_groups: PositiveInt | None = None
+    upcast_attention: bool | None = None
+    dropout: Probability | None = None
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class Optim(Section):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    target: str = Field(alias="_target_", min_length=1)
+    lr: PositiveFloat
+    weight_decay: Fraction0
+    arguments: dict[str, Any]
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Count0
+    clip_norm: PositiveFloat | None
+
+
+class AutoencoderStage(Section):
+    max_steps: PositiveInt
+    batch_size: PositiveInt
+    kl_weight: Fraction0
+    ema_decay: Decay
+    optim: Optim
+
+
+class ClipStage(Section):
+    max_steps: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]
+    optim: Optim
+
+
+class Diffusion(Section):
+    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+    beta_start: PositiveFloat
+    beta_end: Annotated[float, Field(gt=0, lt=1)]
+    num_train_timesteps: Annotated[int, Field(ge=2)]
+    caption_dropout: Probability
+    ema_decay: Decay
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start={self.beta_start} is above beta_end={self.beta_end}")
+        return self
+
+
+class Trainer(Section):
+    accelerator: Literal["cpu", "gpu", "auto"]
+    devices: PositiveInt | Literal["auto"]
+    num_nodes: PositiveInt
+    strategy: str
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    max_steps: PositiveInt
+    accumulate_grad_batches: PositiveInt
+    val_every: PositiveInt
+    val_batches: PositiveInt
+    checkpoint_every: PositiveInt
+    overfit_batches: Count0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.accelerator == "cpu" and self.precision == "16-mixed":
+            raise ValueError("fp16 does not train on a CPU: use trainer.precision=32-true or bf16-mixed")
+        return self
+
+
+class Sampling(Section):
+    sampler: str
+    steps: PositiveInt
+    guidance_scale: Fraction0
+
+
+class TrainConfig(Section):
+    name: str = Field(min_length=1)
+    output_dir: str
+    run_dir: str
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    seed: Count0
+    resume: Literal["auto", "never"]
+    data: Data
+    vae: VAE
+    text_encoder: TextEncoder
+    unet: UNet
+    diffusion: Diffusion
+    autoencoder: AutoencoderStage
+    clip: ClipStage
+    optim: Optim
+    trainer: Trainer
+    logger: dict[str, Target]
+    callbacks: dict[str, Target]
+    sampling: Sampling
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages={self.stages} names a stage twice")
+        if "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name={self.name!r} must be one folder name; output_dir= says where it lies")
+        for stage, part in (("autoencoder", self.vae), ("clip", self.text_encoder)):
+            if stage in self.stages and part.pretrained:
+                raise ValueError(
+                    f"stage '{stage}' would train what {'vae' if stage == 'autoencoder' else 'text_encoder'}"
+                    f".pretrained={part.pretrained} loads: take one of the two out"
+                )
+        self._check_size()
+        self._check_width()
+        return self
+
+    def _check_size(self) -> None:
+        if self.vae.block_out_channels is None or self.unet.block_out_channels is None:
+            return  # pretrained: known once the weights' config is read
+        vae_factor = 2 ** (len(self.vae.block_out_channels) - 1)
+        factor = vae_factor * 2 ** (len(self.unet.block_out_channels) - 1)
+        if self.data.resolution % factor:
+            below = self.data.resolution // factor * factor
+            fitting = " or ".join(str(size) for size in (below, below + factor) if size)
+            raise ValueError(
+                f"data.resolution={self.data.resolution} cannot be halved as often as the VAE ({vae_factor}×) and the "
+                f"U-Net ({factor // vae_factor}×) do: take a multiple of {factor}, such as {fitting}"
+            )
+        if self.text_encoder.vision and self.data.resolution % self.text_encoder.vision.patch_size:
+            raise ValueError(
+                f"data.resolution={self.data.resolution} is not a multiple of "
+                f"text_encoder.vision.patch_size={self.text_encoder.vision.patch_size}"
+            )
+
+    def _check_width(self) -> None:
+        text, width = self.text_encoder.text, self.unet.cross_attention_dim
+        if text and width and text.hidden_size != width:
+            raise ValueError(
+                f"unet.cross_attention_dim={width} does not fit text_encoder.text.hidden_size={text.hidden_size}: "
+                "leave the first out, it follows the second"
+            )
+
+
+# ------------------------------------------------------------------------------------------------- the other scripts
+
+
+class SampleConfig(Section):
+    ckpt: str = Field(min_length=1)
+    prompt: str | None
+    prompt_file: str | None
+    negative_prompt: str
+    num_images: PositiveInt
+    seed: Count0
+    steps: PositiveInt | None
+    sampler: str | None
+    guidance_scale: Fraction0 | None
+    height: PositiveInt | None
+    width: PositiveInt | None
+    batch_size: PositiveInt
+    out: str = Field(min_length=1)
+    device: str
+    dtype: Literal["fp32", "bf16", "fp16"]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("give either prompt='what to draw' or prompt_file=prompts.txt (one prompt a line)")
+        return self
+
+
+class EvaluateConfig(Section):
+    ckpt: str = Field(min_length=1)
+    metrics: Annotated[list[Literal["prompt_accuracy"]], Field(min_length=1)]
+    num_prompts: PositiveInt
+    seed: Count0
+    steps: PositiveInt | None
+    sampler: str | None
+    guidance_scale: Fraction0 | None
+    batch_size: PositiveInt
+    out: str | None
+    device: str
+    dtype: Literal["fp32", "bf16", "fp16"]
+
+
+SCHEMAS: dict[str, type[Section]] = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+
+
+S = TypeVar("S", bound=Section)
+
+
+def check(schema: type[S], config: Mapping[str, Any]) -> S:
+    """Turn composed, resolved YAML into the typed config.
+
+    Raises:
+        UserError: an unknown key (with the nearest real one), a wrong type, a value out of range, or a combination
+            that cannot work; every fault on a line of its own.
+    """
+    try:
+        return schema.model_validate(config)
+    except ValidationError as error:
+        lines = [_describe(schema, fault) for fault in error.errors()]
+        raise UserError("\n  ".join(["the config has faults:", *lines]) if len(lines) > 1 else lines[0]) from None
+
+
+def load_run_config(run_dir: Path) -> TrainConfig | None:
+    """Read the config that a run directory was trained with; None where there is none. It is data: nothing is run.
+
+    Raises:
+        UserError: the file is damaged, or of another version.
+    """
+    import yaml
+
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} holds no config")
+    return check(TrainConfig, values)
+
+
+def _describe(schema: type[Section], fault: Any) -> str:
+    kinds = ("shapes", "hub", "custom")  # the tag that pydantic puts into the path of a discriminated union
+    key = ".".join(str(part) for i, part in enumerate(fault["loc"]) if not (i == 1 and part in kinds))
+    if fault["type"] == "extra_forbidden":
+        return f"unknown config key '{key}'{nearest(key, _keys(schema))}"
+    if fault["type"] == "missing":
+        return f"config key '{key}' is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    value = fault["input"]
+    return f"{key}: {message}" + ("" if isinstance(value, Mapping | BaseModel) else f", not {value!r}")
+
+
+def known_keys(config_name: str) -> list[str]:
+    """Return the dotted keys that a script's config may hold."""
+    return list(_keys(SCHEMAS[config_name]))
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        for part in _sections(field.annotation):
+            yield from _keys(part, f"{key}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif not isinstance(annotation, type):
+        for argument in get_args(annotation):
+            yield from _sections(argument)

@@ -1,0 +1,55 @@
+"""Optimizers with parameter groups, and learning-rate schedules counted in optimizer steps."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.config import Optim
+from ldm.errors import UserError
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split trainable parameters: matrices and kernels decay; norms, biases and single numbers do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps: int) -> float:
+    """Return the factor on the learning rate at an optimizer step: a linear warm-up, then the schedule down to zero.
+
+    >>> [learning_rate_factor(step, "linear", 2, 10) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if schedule == "linear" else 1.0
+
+
+def build_optimizer(module: nn.Module, optim: Optim, max_steps: int) -> dict[str, Any]:
+    """Build the optimizer and schedule for the trainable parameters, in the form Lightning takes.
+
+    Raises:
+        UserError: `optim._target_` cannot be imported or does not take these arguments.
+    """
+    from hydra.utils import get_class
+
+    try:
+        optimizer_class = get_class(optim.target)
+        groups = parameter_groups(module, optim.weight_decay)
+        optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=optim.lr, **optim.arguments)
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(f"optim._target_={optim.target} with arguments {optim.arguments}: {error}") from error
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(step, optim.schedule, optim.warmup_steps, max_steps)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,245 @@
+"""An experiment is a list of stages: run what is missing, say what is there.
+
+A stage's result is named by a hash of all that decides it. The VAE and CLIP are kept under `<output_dir>/stages/`, so
+that runs and sweeps share them; the run directory's `model/` holds copies, the U-Net, and is what `ckpt=` takes.
+
+Nothing here imports torch: finding that everything is up to date takes no time.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ldm.config import STAGES, Stage, TrainConfig, check
+from ldm.errors import UserError
+
+RESULT = "stage.json"  # beside a stage's result: the config that it was trained with
+
+
+def run_from_hydra(composed: Any) -> float | None:
+    """Check a composed config and run it; jobs of a sweep each get a directory named by their overrides.
+
+    Returns:
+        The last stage's validation loss, for Hydra's sweepers; None where nothing was left to train.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    if hydra.mode == RunMode.MULTIRUN:
+        composed.run_dir = str(Path(composed.run_dir) / sweep_name(overrides))
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    return run(check(TrainConfig, values), overrides)  # type: ignore[arg-type]
+
+
+def sweep_name(overrides: Sequence[str]) -> str:
+    """Name a job's directory by what sets it apart: free of `=`, which `ckpt=` could not take.
+
+    >>> sweep_name(["experiment=shapes", "optim.lr=1e-3", "stages=[diffusion]"])
+    'optim.lr-1e-3'
+    """
+    told = [item for item in overrides if item.partition("=")[0] not in ("experiment", "name", "output_dir", "stages")]
+    return re.sub(r"[^\w.,+-]+", "-", "_".join(told)).strip("-") or "job"
+
+
+def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
+    """Run the stages of an experiment whose results do not exist yet.
+
+    Raises:
+        UserError: bad data or weights; another run holds the directory; a stage that is left out has no result.
+    """
+    run_dir = Path(config.run_dir)
+    with held(run_dir):
+        loss = None
+        for stage in STAGES:
+            loss = _run_stage(stage, config, run_dir, overrides, loss)
+    return loss
+
+
+def _run_stage(
+    stage: Stage, config: TrainConfig, run_dir: Path, overrides: Sequence[str], loss: float | None
+) -> float | None:
+    part = PARTS[stage]
+    place = result_folder(config, stage)
+    if stage in config.stages and not is_done(config, stage):
+        from ldm.training import fit
+
+        _write_run_files(run_dir, config, overrides)
+        print(f"{stage:12} training, {stage_steps(config, stage)} steps", flush=True)
+        started = time.monotonic()
+        loss = fit.FIT[stage](config, place)
+        print(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}", flush=True)
+    elif stage in config.stages:
+        print(f"{stage:12} up to date: {place}", flush=True)
+    if stage != "diffusion" and is_done(config, stage) and _main_process():
+        _link_result(place, run_dir / "model", part)
+    return loss
+
+
+# Where the model folder keeps what a stage trains.
+PARTS: dict[Stage, str] = {"autoencoder": "vae", "clip": "text_encoder", "diffusion": "unet"}
+
+
+def stage_steps(config: TrainConfig, stage: Stage) -> int:
+    return {
+        "autoencoder": config.autoencoder.max_steps,
+        "clip": config.clip.max_steps,
+        "diffusion": config.trainer.max_steps,
+    }[stage]
+
+
+def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
+    """Return all that decides a stage's result: data, networks, training, and the results it builds on.
+
+    How data are fed (workers, cache) and where it runs (devices, logging) are left out: they decide nothing.
+    """
+    values = config.model_dump(mode="json")
+    data = {k: v for k, v in values["data"].items() if k not in ("batch_size", "num_workers", "cache")}
+    trainer = values["trainer"]
+    common = {"data": data, "seed": config.seed, "overfit_batches": trainer["overfit_batches"]}
+    if stage == "autoencoder":
+        return {**common, "vae": values["vae"], "autoencoder": values["autoencoder"]}
+    if stage == "clip":
+        return {**common, "text_encoder": values["text_encoder"], "clip": values["clip"]}
+    return {
+        **common,
+        "batch_size": config.data.batch_size,
+        "accumulate_grad_batches": trainer["accumulate_grad_batches"],
+        "precision": trainer["precision"],
+        "max_steps": trainer["max_steps"],
+        "vae": config.vae.pretrained or stage_key(config, "autoencoder"),
+        "text_encoder": config.text_encoder.pretrained or stage_key(config, "clip"),
+        "unet": values["unet"],
+        "diffusion": values["diffusion"],
+        "optim": values["optim"],
+    }
+
+
+def stage_key(config: TrainConfig, stage: Stage) -> str:
+    """Return 12 hex digits that name a stage's result."""
+    inputs = json.dumps(stage_inputs(config, stage), sort_keys=True)
+    return hashlib.sha256(inputs.encode()).hexdigest()[:12]
+
+
+def result_folder(config: TrainConfig, stage: Stage) -> Path:
+    """Return where a stage's result lies, or will."""
+    if stage == "diffusion":
+        return Path(config.run_dir) / "model"
+    return Path(config.output_dir) / "stages" / f"{stage}-{stage_key(config, stage)}"
+
+
+def is_done(config: TrainConfig, stage: Stage) -> bool:
+    """Tell whether a stage's result exists for these inputs."""
+    try:
+        found = json.loads((result_folder(config, stage) / RESULT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(found.get("key") == stage_key(config, stage))
+
+
+def require_result(config: TrainConfig, stage: Stage) -> Path:
+    """Return the folder of a stage's result.
+
+    Raises:
+        UserError: it was never trained for these inputs.
+    """
+    if not is_done(config, stage):
+        group = "vae" if stage == "autoencoder" else "text_encoder"
+        raise UserError(
+            f"the diffusion stage needs the result of stage '{stage}' for this config, and {config.output_dir}/stages "
+            f"has none: add {stage} to stages=[…], or load one with +{group}.pretrained=<folder or hub id>"
+        )
+    return result_folder(config, stage)
+
+
+def record_result(config: TrainConfig, stage: Stage, folder: Path) -> None:
+    """Write down what a finished result was made from; the result exists from now on."""
+    content = {"key": stage_key(config, stage), "inputs": stage_inputs(config, stage)}
+    temporary = folder / f".{RESULT}.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / RESULT)
+
+
+def _link_result(result: Path, model: Path, part: str) -> None:
+    """Copy a shared result into the run's model folder where it is not yet."""
+    from shutil import copytree, rmtree
+
+    names = ["text_encoder", "tokenizer"] if part == "text_encoder" else [part]
+    marker = model / f".{part}"
+    if marker.exists() and marker.read_text(encoding="utf-8") == result.name:
+        return
+    for name in names:
+        temporary = model / f".{name}.tmp"
+        rmtree(temporary, ignore_errors=True)
+        copytree(result / name, temporary)
+        rmtree(model / name, ignore_errors=True)
+        temporary.rename(model / name)
+    marker.write_text(result.name, encoding="utf-8")
+
+
+def _main_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def _write_run_files(run_dir: Path, config: TrainConfig, overrides: Sequence[str]) -> None:
+    """Write the run's config, the overrides that a person typed, and what it ran on."""
+    if not _main_process():
+        return
+    import yaml
+
+    def node(value: Any) -> Any:
+        return value.model_dump(by_alias=True, mode="json") if hasattr(value, "model_dump") else value
+
+    environment = {
+        "ldm": version("ldm"), "torch": version("torch"), "pytorch-lightning": version("pytorch-lightning"),
+        "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv[0],
+    }  # fmt: skip
+    (run_dir / "config.yaml").write_text(
+        yaml.safe_dump(node(config), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    (run_dir / "overrides.txt").write_text("".join(f"{item}\n" for item in overrides), encoding="utf-8")
+    (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory against other runs for as long as this process lives.
+
+    Raises:
+        UserError: another run holds it (says who), or it cannot be written.
+    """
+    if not _main_process():  # launched by the process that holds it
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the run directory {run_dir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"{run_dir} is in use by {holder}; wait for it, stop it, or give this run its own name=…"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield

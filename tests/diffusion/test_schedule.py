@@ -1,0 +1,181 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm.diffusion.schedule import BETA_SCHEDULES, NoiseSchedule
+
+ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
+SCHEDULES = {name: NoiseSchedule(name, *ENDS[name]) for name in BETA_SCHEDULES}
+
+
+@pytest.mark.parametrize("num_train_timesteps", [1, 10, 1000])
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_tables_are_those_of_diffusers(name, num_train_timesteps):
+    start, end = ENDS[name]
+    ours = NoiseSchedule(name, start, end, num_train_timesteps)
+    theirs = DDPMScheduler(num_train_timesteps, start, end, name)
+    torch.testing.assert_close(ours.betas, theirs.betas.double(), rtol=1e-6, atol=1e-7)
+    # diffusers multiplies a thousand factors in float32.
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-9)
+    assert ours.betas.dtype == ours.alphas_cumprod.dtype == ours.sigmas.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_sigmas_rise_and_say_the_same_as_alphas_cumprod(name):
+    schedule = SCHEDULES[name]
+    assert (schedule.sigmas.diff() > 0).all()
+    torch.testing.assert_close(1 / (1 + schedule.sigmas**2), schedule.alphas_cumprod, rtol=1e-12, atol=0)
+
+
+def test_the_defaults_are_stable_diffusions():
+    schedule = NoiseSchedule()
+    assert schedule.sigmas[-1].item() == pytest.approx(14.6146, abs=1e-4)
+    assert schedule.sigmas[0].item() == pytest.approx(0.0291672, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_timestep_of_every_tabled_sigma_is_exact(name):
+    schedule = SCHEDULES[name]
+    for t, sigma in enumerate(schedule.sigmas.tolist()):
+        assert schedule.sigma_to_t(sigma) == pytest.approx(t, abs=1e-6)
+        assert schedule.t_to_sigma(t) == pytest.approx(sigma, rel=1e-12)
+
+
+@given(st.sampled_from(BETA_SCHEDULES), st.floats(0, 999))
+def test_sigma_to_t_inverts_t_to_sigma(name, t):
+    schedule = SCHEDULES[name]
+    assert schedule.sigma_to_t(schedule.t_to_sigma(t)) == pytest.approx(t, abs=1e-6)
+
+
+@given(st.sampled_from(BETA_SCHEDULES), st.floats(0, 1e5), st.floats(0, 1e5))
+def test_sigma_to_t_is_monotone_and_clamped(name, a, b):
+    low, high = sorted((a, b))
+    schedule = SCHEDULES[name]
+    assert 0 <= schedule.sigma_to_t(low) <= schedule.sigma_to_t(high) <= 999
+
+
+def test_interpolation_is_linear_in_log_sigma():
+    schedule = NoiseSchedule()
+    middle = (schedule.sigmas[499] * schedule.sigmas[500]).sqrt().item()
+    assert schedule.sigma_to_t(middle) == pytest.approx(499.5, abs=1e-9)
+    assert schedule.t_to_sigma(499.5) == pytest.approx(middle, rel=1e-12)
+
+
+def test_outside_the_schedule_time_is_clamped():
+    schedule = NoiseSchedule()
+    assert schedule.sigma_to_t(0.0) == schedule.sigma_to_t(0.001) == 0
+    assert schedule.sigma_to_t(160.0) == 999
+    assert schedule.t_to_sigma(-1) == pytest.approx(schedule.sigmas[0].item(), rel=1e-12)
+    assert schedule.t_to_sigma(2000) == pytest.approx(schedule.sigmas[-1].item(), rel=1e-12)
+
+
+def test_add_noise_is_eq_4_for_each_sample():
+    schedule = NoiseSchedule()
+    x_0, noise = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 17, 500, 999])
+    x_t = schedule.add_noise(x_0, noise, t)
+    for i, step in enumerate(t.tolist()):
+        abar = torch.prod(1 - schedule.betas[: step + 1])
+        torch.testing.assert_close(x_t[i], abar.sqrt() * x_0[i] + (1 - abar).sqrt() * noise[i])
+
+
+def test_add_noise_agrees_with_diffusers():
+    x_0, noise = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 1, 250, 998, 999])
+    theirs = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear").add_noise(x_0, noise, t)
+    torch.testing.assert_close(NoiseSchedule().add_noise(x_0, noise, t), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_add_noise_in_half_precision_rounds_once_at_the_end():
+    schedule = NoiseSchedule()
+    x_0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    t = torch.tensor([3, 400, 999])
+    expected = schedule.add_noise(x_0.double(), noise.double(), t)
+    x_t = schedule.add_noise(x_0, noise, t)
+    assert x_t.dtype == torch.bfloat16
+    torch.testing.assert_close(x_t.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_add_noise_refuses_what_does_not_fit():
+    schedule, x_0 = NoiseSchedule(), torch.zeros(2, 4, 8, 8)
+    t = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"noise must have x_0's shape \(2, 4, 8, 8\)"):
+        schedule.add_noise(x_0, torch.zeros(1, 4, 8, 8), t)
+    for wrong in (torch.tensor(5), torch.tensor([5]), torch.zeros(2, 1, dtype=torch.int64), torch.tensor([0.0, 1.0])):
+        with pytest.raises(ValueError, match=r"t must be int64 of shape \(2,\)"):
+            schedule.add_noise(x_0, x_0, wrong)
+    for outside in ([0, 1000], [-1, 5]):
+        with pytest.raises(ValueError, match="this schedule has 0 to 999"):
+            schedule.add_noise(x_0, x_0, torch.tensor(outside))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_coefficients_are_at_least_float32_and_per_sample(dtype, expected):
+    schedule = NoiseSchedule()
+    alpha, sigma = schedule.coefficients(torch.tensor([0, 999]), torch.zeros(2, 4, 8, 8, dtype=dtype))
+    assert alpha.shape == sigma.shape == (2, 1, 1, 1)
+    assert alpha.dtype == sigma.dtype == expected
+    torch.testing.assert_close((sigma / alpha).flatten().double(), schedule.sigmas[[0, 999]], rtol=1e-6, atol=0)
+
+
+def test_a_training_step_copies_no_table():
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._to_copy.default
+            return func(*args, **(kwargs or {}))
+
+    schedule, t, like = NoiseSchedule(), torch.tensor([3, 4]), torch.zeros(2, 4, 8, 8)
+    with Copies() as first:
+        schedule.coefficients(t, like)
+    with Copies() as second:
+        schedule.coefficients(t, like)
+    assert first.count > 0
+    assert second.count == 0
+
+
+def test_tables_first_used_in_inference_mode_serve_training():
+    schedule, t, like = NoiseSchedule(), torch.tensor([3, 4]), torch.zeros(2, 4, 8, 8)
+    with torch.inference_mode():
+        schedule.coefficients(t, like)
+    assert not any(table.is_inference() for tables in schedule._coefficients.values() for table in tables)
+    prediction = torch.ones(2, 4, 8, 8, requires_grad=True)
+    alpha, _ = schedule.coefficients(t, like)
+    (alpha * prediction).sum().backward()
+    assert prediction.grad is not None
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_config_round_trips_through_diffusers(name, tmp_path):
+    schedule = NoiseSchedule(name, 0.001, 0.015, 500)
+    DDPMScheduler.from_config(schedule.config).save_pretrained(tmp_path)
+    loaded = NoiseSchedule.from_config(DDPMScheduler.load_config(tmp_path))
+    assert loaded.config == schedule.config
+    assert torch.equal(loaded.betas, schedule.betas)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_schedule": "sigmoid"}, "'sigmoid'; choose one of linear, scaled_linear, squaredcos_cap_v2"),
+        ({"beta_start": 0.5}, "0 < beta_start <= beta_end < 1"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+    ],
+)
+def test_from_config_refuses_what_it_cannot_do(change, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule.from_config(NoiseSchedule().config | change)
+
+
+def test_from_config_names_what_is_missing():
+    with pytest.raises(ValueError, match="lacks beta_start, beta_end"):
+        NoiseSchedule.from_config({"num_train_timesteps": 1000, "beta_schedule": "linear"})
