@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.nn.clip import TextTower
@@ -61,9 +60,7 @@ class Conditioner(nn.Module):
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> Tensor:
     """Return (B, max_length) int64 token ids, cut and padded."""
-    batch = tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-    )
+    batch = tokenizer(list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
     return batch["input_ids"]
 
 
@@ -98,17 +95,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     merges = merges[: vocab_size - len(base) - 2]
     tokens = dict.fromkeys([*base, *("".join(merge) for merge in merges)])  # two merges may give one token
     vocab = {token: i for i, token in enumerate([*tokens, begin, end])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)  # type: ignore[arg-type]
 
 
 def num_truncated(conditioner: Conditioner, captions: Iterable[str]) -> int:
     """Count the captions that are longer than the text encoder reads."""
     return sum(conditioner.num_tokens(caption) > conditioner.max_length for caption in captions)
-
-
-def frozen(module: nn.Module) -> nn.Module:
-    """Put a module in eval mode and stop gradients into it."""
-    return module.eval().requires_grad_(False)
-
-
-__all__ = ["NULL_CAPTION", "Conditioner", "frozen", "num_truncated", "tokenize", "train_tokenizer"]

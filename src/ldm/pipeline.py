@@ -100,7 +100,7 @@ class LatentDiffusionPipeline:
         for module in (unet, vae, conditioner):
             module.to(torch_device).eval().requires_grad_(False)
         for network in (unet, vae):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         return cls(unet, vae, conditioner, schedule, prediction_type, grid, settings)
 
     @property

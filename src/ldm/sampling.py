@@ -31,7 +31,7 @@ def sample(values: dict[str, Any]) -> list[Path]:
     from ldm.pipeline import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained(config.ckpt, dtype=config.dtype, device=config.device)
-    options = {
+    options: dict[str, Any] = {
         "steps": config.steps,
         "sampler": config.sampler,
         "guidance_scale": config.guidance_scale,
@@ -84,5 +84,3 @@ def _writable_folder(name: str) -> Path:
     except OSError as error:
         raise UserError(f"out={name} cannot be written: {error.strerror}") from error
     return folder
-
-

@@ -51,7 +51,7 @@ def test_the_network_sees_the_training_state(t):
 def test_every_training_sigma_asks_at_a_whole_timestep():
     network = Recorder(torch.zeros(1, 1, 1, 1))
     denoiser = Denoiser(network, SCHEDULE, "sample")
-    for t, sigma in enumerate(SCHEDULE.sigmas.tolist()):
+    for t, sigma in enumerate(SCHEDULE.sigmas.float().tolist()):  # also where a sigma has been through float32
         denoiser(torch.zeros(1, 1, 1, 1), sigma, CONTEXT)
         assert network.t.item() == t
 

@@ -220,7 +220,7 @@ def test_every_sampler_reports_each_step(name):
 def test_every_sampler_keeps_x_in_float32_and_no_graph(name):
     weight = torch.ones(1, requires_grad=True)
     x = torch.ones(1, 1, 2, 2, dtype=torch.float16)
-    result = SAMPLERS[name](lambda x, sigma: weight * x / 2, x, sigma_grid(SCHEDULE, 3), torch.randn_like)
+    result = SAMPLERS[name](lambda x, sigma: weight.to(x) * x / 2, x, sigma_grid(SCHEDULE, 3), torch.randn_like)
     assert result.dtype == torch.float32
     assert not result.requires_grad
     assert x.eq(1).all()

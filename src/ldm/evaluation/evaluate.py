@@ -52,6 +52,7 @@ def prompt_accuracy(config: EvaluateConfig, run_dir: Path, out: Path) -> dict[st
     from ldm.data.images import to_pixels, to_tensor
     from ldm.data.shapes import draw, prompts
     from ldm.evaluation.prompt_accuracy import score
+    from ldm.evaluation.table import print_table
     from ldm.gallery import grid, save_png
     from ldm.pipeline import LatentDiffusionPipeline
 
@@ -98,24 +99,8 @@ def prompt_accuracy(config: EvaluateConfig, run_dir: Path, out: Path) -> dict[st
     sheet_path = out.with_name(out.stem + ".png")
     save_png(sheet_path, grid(pictures, columns=8, captions=captions, scale=max(1, 128 // size)))
     print(f"pictures of held-out prompts (upper half pairs seen in training, lower half unseen): {sheet_path}")
-    _print_table(results)
+    print_table(results)
     return results
-
-
-def _print_table(results: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    attributes = list(results["ceiling"])
-    table = Table(title=f"prompt accuracy, {results['num_prompts']} held-out prompts a row, {results['steps']} steps")
-    table.add_column("(shape, colour) pairs")
-    table.add_column("guidance", justify="right")
-    for attribute in attributes:
-        table.add_column(attribute, justify="right")
-    rows = [(pairs, name, row) for pairs, by_scale in results["pairs"].items() for name, row in by_scale.items()]
-    for pairs, name, row in [*rows, ("VAE reconstruction (ceiling)", "", results["ceiling"])]:
-        table.add_row(pairs, name.removeprefix("guidance "), *(f"{row[attribute]:.1%}" for attribute in attributes))
-    Console(width=110).print(table)
 
 
 METRICS = {"prompt_accuracy": prompt_accuracy}

@@ -9,7 +9,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from ldm.data.images import to_pixels
 from ldm.gallery import grid, save_png
@@ -36,9 +37,12 @@ class Progress(ProgressBar):
         self._num_images = 0
         if sys.stderr.isatty() and self.every != float("inf"):
             columns = (
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
-            )  # fmt: skip
+            )
             self._bar = RichProgress(*columns)
             self._bar.start()
             self._task = self._bar.add_task(
@@ -55,7 +59,9 @@ class Progress(ProgressBar):
         seconds = max(now - self._start_time, 1e-9)
         rate = self._num_images / seconds
         metrics = self.get_metrics(trainer, pl_module)
-        note = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
+        note = "  ".join(
+            f"{name.rpartition('/')[2]} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
+        )
         note = f"{rate:,.0f} images/s  {note}"
         if self._bar:
             self._bar.update(self._task, completed=trainer.global_step, note=note)

@@ -40,7 +40,7 @@ class ClipModule(StageModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
-            self.network.logit_scale.clamp_(max=4.6052)  # type: ignore[operator, union-attr]  # ln 100
+            self.network.logit_scale.clamp_(max=4.6052)  # type: ignore[operator]  # ln 100
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the loss and the share of pictures whose own caption is the nearest in the batch."""

@@ -44,5 +44,5 @@ class EMA(nn.Module):
         return super().train(False)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
         self._count = int(self.num_updates)

@@ -27,8 +27,14 @@ from ldm.training.diffusion import DiffusionModule
 from ldm.training.loggers import MetricsCSV
 from ldm.training.module import StageModule
 from ldm.training.stages import PARTS, record_result, require_result, stage_inputs
-from ldm.weights.folder import find_part, load_network, load_tokenizer, save_network, save_pipeline_index
-from ldm.weights.folder import written_atomically
+from ldm.weights.folder import (
+    find_part,
+    load_network,
+    load_tokenizer,
+    save_network,
+    save_pipeline_index,
+    written_atomically,
+)
 
 ENCODE_BATCH = 64
 
@@ -191,7 +197,7 @@ def load_frozen(config: TrainConfig) -> tuple[AutoencoderKL, Conditioner]:
         result = require_result(config, "clip")
         text_folder, tokenizer_folder = result / "text_encoder", result / "tokenizer"
     vae = load_network(AutoencoderKL, vae_folder).requires_grad_(False)
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.to(memory_format=torch.channels_last)
     conditioner = Conditioner(load_tokenizer(tokenizer_folder), load_network(TextTower, text_folder))
     return vae, conditioner.eval().requires_grad_(False)
 
@@ -267,11 +273,11 @@ def _build_trainer(config: TrainConfig, module: StageModule) -> pl.Trainer:
 def _fit(
     config: TrainConfig, module: StageModule, datamodule: DataModule, trainer: pl.Trainer | None = None
 ) -> pl.Trainer:
-    """Fit a stage, going on from its checkpoint where there is one of the same config; leave a checkpoint of the end."""
+    """Fit a stage, from its checkpoint on where there is one of the same config; leave a checkpoint of the end."""
     trainer = trainer or _build_trainer(config, module)
     module.identity = _identity(config, module.stage)
     if any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(memory_format=torch.channels_last)
     path = checkpoint_path(config, module.stage)
     resume = _resume_from(config, module.stage)
     if resume:
@@ -322,5 +328,3 @@ def _resume_from(config: TrainConfig, stage: str) -> str | None:
 def _validation_loss(trainer: pl.Trainer, module: StageModule) -> float | None:
     loss = trainer.callback_metrics.get(f"{module.stage}/val_loss")
     return None if loss is None else float(loss)
-
-

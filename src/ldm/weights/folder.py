@@ -205,7 +205,7 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
 
 
 def save_network(model: UNet | AutoencoderKL | TextTower | CLIP, folder: Path) -> None:
-    """Write `config.json` and safetensors that diffusers or transformers open; the folder appears whole or not at all."""
+    """Write `config.json` and safetensors that diffusers or transformers open; the folder is whole or absent."""
     _, library, class_name, stem = FORMATS[type(model)]
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config: dict[str, Any] = {"_class_name": class_name, **model.config}
@@ -222,7 +222,7 @@ def save_network(model: UNet | AutoencoderKL | TextTower | CLIP, folder: Path) -
 def save_pipeline_index(
     folder: Path, schedule: NoiseSchedule, prediction_type: str, settings: Mapping[str, Any]
 ) -> None:
-    """Complete a model folder whose networks and tokenizer are written: scheduler, settings, `model_index.json` last."""
+    """Complete a folder whose networks and tokenizer are written: scheduler, settings, `model_index.json` last."""
     scheduler = {
         "_class_name": "DDIMScheduler",
         **schedule.config,
@@ -276,5 +276,3 @@ def copy_folder(source: Path, target: Path) -> None:
     """Copy a finished folder; the copy appears whole or not at all."""
     with written_atomically(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
-
-
