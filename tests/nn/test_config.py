@@ -30,5 +30,5 @@ def test_per_level_refuses_another_number_of_levels():
 
 
 def test_choose_names_the_choices():
-    with pytest.raises(ValueError, match="option act='x' is not supported.*silu, gelu"):
+    with pytest.raises(ValueError, match=r"option act='x' is not supported.*silu, gelu"):
         choose("Net", "act", "x", ["silu", "gelu"])

@@ -7,7 +7,7 @@ from ldm.nn.transformer import SpatialTransformer
 
 @pytest.mark.parametrize("use_linear_projection", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_parity_with_diffusers(scramble, use_linear_projection, memory_format):
+def test_parity_with_diffusers(scramble, anatomy, use_linear_projection, memory_format):
     theirs = scramble(
         Transformer2DModel(
             4,
@@ -28,6 +28,7 @@ def test_parity_with_diffusers(scramble, use_linear_projection, memory_format):
         use_linear_projection=use_linear_projection,
     )
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert anatomy(ours) == anatomy(theirs)
     x, context = torch.randn(2, 32, 5, 3).to(memory_format=memory_format), torch.randn(2, 7, 12)
     with torch.no_grad():
         y = ours(x, context)

@@ -4,6 +4,7 @@ H W pixels.
 """
 
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def decode(encoded: bytes | str | Path | Image.Image, background: tuple[int, int
     """Decode a picture to RGB as it is meant to be seen.
 
     EXIF rotation is applied, 16-bit and float greys are scaled to 8 bits (Pillow's own conversion clips them to
-    white), transparency shows `background`, an animation gives its first frame.
+    white or black), transparency shows `background`, an animation gives its first frame.
 
     Args:
         encoded: the file's bytes, its path, or an opened picture.
@@ -40,19 +41,26 @@ def decode(encoded: bytes | str | Path | Image.Image, background: tuple[int, int
         else:
             image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
         image.load()
-        image = ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with suppress(Exception):  # damaged EXIF says nothing about rotation; the picture is as good as without
+            image = ImageOps.exif_transpose(image)
+        return np.array(_to_rgb(image, background))
+    except UnidentifiedImageError as error:
+        raise UserError("not a picture: empty, or of no known format") from error
+    except Exception as error:  # Pillow and its codecs raise a dozen kinds for one cause
         raise UserError(f"not a readable picture: {error}") from error
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64)
-        # 16-bit files fill [0, 65535]; wider integers and floats are stretched from their own range
-        low, high = (0.0, 65535.0) if grey.min() >= 0 and grey.max() <= 65535 else (grey.min(), grey.max())
-        image = Image.fromarray(np.round((grey - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        # 16-bit files fill [0, 65535] and float ones [0, 1]; what leaves that is stretched from its own range
+        top = 1.0 if image.mode == "F" else 65535.0
+        low, high = (0.0, top) if grey.min() >= 0 and grey.max() <= top else (grey.min(), grey.max())
+        image = Image.fromarray(np.round((grey - low) / (high - low or 1) * 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, image)
-    return np.asarray(image.convert("RGB"))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def resize_and_crop(pixels: Pixels, resolution: int) -> Pixels:
@@ -68,7 +76,7 @@ def resize_and_crop(pixels: Pixels, resolution: int) -> Pixels:
     if pixels.shape[:2] == (resolution, resolution):
         return pixels
     image = Image.fromarray(pixels)
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def to_tensor(pixels: Pixels) -> Tensor:

@@ -16,12 +16,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.conditioner import Conditioner
@@ -29,19 +28,19 @@ from ldm.data.datamodule import Pictures
 from ldm.nn.autoencoder import AutoencoderKL
 
 MANIFEST = "manifest.json"
+NULL_CONTEXT = "null.safetensors"
 SHARD_SIZE = 4096
 
 
 class CachedLatents(Dataset[dict[str, Tensor]]):
     """A cache, read by memory map; a batch is {"moments": (B, 2C, h, w), "context": (B, L, D)}."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        self.shards = [load_file(folder / name) for name in manifest["files"] if name.startswith("shard")]
-        self.null_context = load_file(folder / "null.safetensors")["context"]
-        self.num_samples: int = manifest["num_samples"]
+    def __init__(self, folder: Path) -> None:
+        self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+        self.null_context = load_file(folder / NULL_CONTEXT)["context"]
 
     def __len__(self) -> int:
-        return self.num_samples
+        return sum(len(shard["moments"]) for shard in self.shards)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         places = [divmod(i, SHARD_SIZE) for i in indices]
@@ -50,9 +49,13 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         }
 
 
-def cache_key(pictures: Pictures, vae: nn.Module, conditioner: nn.Module) -> str:
-    """Name a cache by all that decides its content: pictures and captions, transform, both encoders' weights."""
+def cache_key(pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner) -> str:
+    """Name a cache by all that decides its content: pictures and captions, transform, tokenizer, both encoders."""
+    tokenizer = json.loads(conditioner.tokenizer.backend_tokenizer.to_str())
+    tokenizer |= {"padding": conditioner.tokenizer.pad_token_id, "truncation": conditioner.max_length}
+    settings = [tokenizer, vae.config, conditioner.text_tower.config]
     digest = hashlib.sha256(f"{pictures.source.fingerprint()} {pictures.resolution} {SHARD_SIZE}".encode())
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     for module in (vae, conditioner):
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -76,25 +79,25 @@ def cached_latents(
     folder = root / cache_key(pictures, vae, conditioner)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        if (manifest := _read_manifest(folder)) is not None:
-            damaged = [name for name, digest in manifest["files"].items() if _digest(folder / name) != digest]
-            if not damaged:
-                return CachedLatents(folder, manifest)
-            for name in [MANIFEST, *damaged]:
-                (folder / name).unlink()
-        return CachedLatents(folder, _build(folder, pictures, vae, conditioner, batch_size))
+        if (folder / MANIFEST).exists():
+            digests = _read_manifest(folder)
+            damaged = [name for name in _file_names(len(pictures)) if _digest(folder / name) != digests.get(name)]
+            # The manifest goes last: whenever this is cut short, what is damaged is found again.
+            for name in [*damaged, MANIFEST] if damaged else ():
+                (folder / name).unlink(missing_ok=True)
+        if not (folder / MANIFEST).exists():
+            _build(folder, pictures, vae, conditioner, batch_size)
+        return CachedLatents(folder)
 
 
 @torch.inference_mode()
-def _build(
-    folder: Path, pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner, batch_size: int
-) -> Mapping[str, Any]:
+def _build(folder: Path, pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner, batch_size: int) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     device = next(vae.parameters()).device
     starts = range(0, len(pictures), SHARD_SIZE)
-    names = [f"shard-{i:05d}.safetensors" for i in range(len(starts))]
-    _save(folder / "null.safetensors", {"context": conditioner.null_context()[None]})
+    *names, null_context = _file_names(len(pictures))
+    _save(folder / null_context, {"context": conditioner.null_context()[None]})
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("encoding pictures and captions", total=len(pictures))
@@ -111,12 +114,14 @@ def _build(
                 context.append(conditioner(batch["caption"]).float().cpu())
                 progress.advance(task, len(batch["caption"]))
             _save(folder / name, {"moments": torch.cat(moments).contiguous(), "context": torch.cat(context)})
-    files = {name: _digest(folder / name) for name in [*names, "null.safetensors"]}
-    manifest = {"num_samples": len(pictures), "files": files}
+    digests = {name: _digest(folder / name) for name in (*names, null_context)}
     temporary = folder / "manifest.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(digests, indent=1), encoding="utf-8")
     os.replace(temporary, folder / MANIFEST)
-    return manifest
+
+
+def _file_names(num_samples: int) -> list[str]:
+    return [*(f"shard-{i:05d}.safetensors" for i in range(-(-num_samples // SHARD_SIZE))), NULL_CONTEXT]
 
 
 def _whole_shard(path: Path, num_samples: int) -> bool:
@@ -127,12 +132,13 @@ def _whole_shard(path: Path, num_samples: int) -> bool:
         return False
 
 
-def _read_manifest(folder: Path) -> Mapping[str, Any] | None:
+def _read_manifest(folder: Path) -> Mapping[str, str]:
+    """Return the digest of each file, or none where the manifest itself is damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return manifest if all((folder / name).exists() for name in manifest["files"]) else None
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return digests if isinstance(digests, dict) else {}
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -142,6 +148,8 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(path: Path) -> str:
+    if not path.exists():
+        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

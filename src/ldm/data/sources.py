@@ -1,6 +1,8 @@
 """Where captioned pictures come from. A source is indexed, knows its captions, and names its content by a hash."""
 
+import glob
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from ldm.data.shapes import Shapes
 from ldm.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SPLIT_FOLDERS = ("train", "validation", "val", "test")
 
 
 class Source(Protocol):
@@ -94,22 +97,31 @@ class HubSource:
                 raise UserError(
                     f"{data.path} has no column '{column}' (data.{key}); it has: {', '.join(dataset.column_names)}"
                 )
+        if data.image_column == data.caption_column:
+            raise UserError(f"data.image_column and data.caption_column are both '{data.image_column}'")
         import datasets
 
-        # Decoding raises inside `datasets` where the picture at fault cannot be named: take the bytes and do it here.
         dataset = dataset.select_columns([data.image_column, data.caption_column])
-        self.dataset = dataset.cast_column(data.image_column, datasets.Image(decode=False))
+        try:
+            # Decoding raises inside `datasets` where the picture at fault cannot be named: take bytes, do it here.
+            self.dataset = dataset.cast_column(data.image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's own are kinds of these
+            found = dataset.features[data.image_column]
+            raise UserError(
+                f"{data.path}: column '{data.image_column}' (data.image_column) holds no pictures but {found}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.dataset[index]
-        encoded = row[self.data.image_column]
+        encoded = self._encoded(row[self.data.image_column], index)
         try:
-            pixels: Pixels = decode(encoded["bytes"] or encoded["path"])
+            pixels: Pixels = decode(encoded)
         except UserError as error:
-            raise UserError(f"{self.data.path}, row {index} ({encoded['path'] or 'inline'}): {error}") from error
+            path = row[self.data.image_column]["path"]
+            raise UserError(f"{self.data.path}, row {index} ({path or 'inline'}): {error}") from error
         return {"image": pixels, "caption": self._caption(row[self.data.caption_column], index)}
 
     def captions(self) -> Sequence[str]:
@@ -117,12 +129,25 @@ class HubSource:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for row in self.dataset:
-            image = row[self.data.image_column]
-            content = image["bytes"] or Path(image["path"]).read_bytes()
+        for i, row in enumerate(self.dataset):
+            content = self._encoded(row[self.data.image_column], i)
             caption = str(row[self.data.caption_column]).encode()
             digest.update(len(content).to_bytes(8, "little") + content + len(caption).to_bytes(8, "little") + caption)
         return digest.hexdigest()
+
+    def _encoded(self, image: Any, index: int) -> bytes:
+        """Return a picture's file: from the row itself, or from where the row says, which may be inside an archive."""
+        if image is None:
+            raise UserError(f"{self.data.path}, row {index}: there is no picture in column '{self.data.image_column}'")
+        if image["bytes"] is not None:
+            return image["bytes"]
+        import fsspec
+
+        try:
+            with fsspec.open(image["path"], "rb") if "://" in image["path"] else open(image["path"], "rb") as file:
+                return file.read()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.data.path}, row {index}: the picture cannot be read: {error}") from error
 
     def _caption(self, text: Any, index: int) -> str:
         if not isinstance(text, str):
@@ -153,6 +178,7 @@ def _load(data: HubData) -> Any:
         where = f"data.path={data.path} (data.split={data.split}" + (f", subset={data.subset})" if data.subset else ")")
         hint = (
             "check data.split, data.subset and the files in that folder"
+            + ("; `datasets` takes its name for a pattern, so rename it" if glob.has_magic(str(folder)) else "")
             if folder.is_dir()
             else "a hub set can vanish or need a login: name a mirror with data.path=<other/id>, "
             "or a local folder with data.path=./folder"
@@ -163,9 +189,20 @@ def _load(data: HubData) -> Any:
 def _load_folder(folder: Path, data: HubData) -> Any:
     import datasets
 
-    if not any(folder.glob("**/*.parquet")) and not (folder / "README.md").exists():
-        files = sorted(str(path) for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in files):
-            # Naming the files keeps `datasets` from reading splits out of file names.
-            return datasets.load_dataset("imagefolder", data_files={data.split: files}, split=data.split)
-    return datasets.load_dataset(str(folder), name=data.subset, split=data.split, revision=data.revision)
+    if any(folder.glob("**/*.parquet")) or _declares_files(folder / "README.md"):
+        return datasets.load_dataset(str(folder), name=data.subset, split=data.split, revision=data.revision)
+    splits = [name for name in SPLIT_FOLDERS if (folder / name).is_dir()]
+    if splits and not (folder / data.split).is_dir():
+        raise UserError(f"{folder} has no split '{data.split}' (data.split); it has: {', '.join(splits)}")
+    pictures = (folder / data.split if splits else folder).resolve()
+    if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in pictures.rglob("*")):
+        return datasets.load_dataset(str(folder), name=data.subset, split=data.split, revision=data.revision)
+    # Naming the files keeps `datasets` from reading splits out of file names.
+    files = f"{glob.escape(str(pictures))}/**"
+    return datasets.load_dataset("imagefolder", data_files={data.split: files}, split=data.split)
+
+
+def _declares_files(card: Path) -> bool:
+    """Tell whether a dataset card says which files make which split."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return re.match(r"---\s*\n(.*\n)*?(configs|data_files):", text) is not None

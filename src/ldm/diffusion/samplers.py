@@ -31,7 +31,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 def timesteps(num_steps: int, spacing: str, num_train_timesteps: int, steps_offset: int = 0) -> Tensor:
     """Choose the timesteps at which a sampler asks the network, as diffusers' DDIM does (arXiv:2305.08891 Table 2).
 
-    `trailing` starts at T - 1, `linspace` spans 0 to T - 1, `leading` takes every (T // N)-th from 0 and so starts
+    `trailing` starts at T - 1, `linspace` spans 0 to T - 1, `leading` takes every (T // N)-th from 0 and mostly starts
     below T - 1. With N = 1, `leading` and `linspace` ask at t = 0 only, where pure noise was never seen in training.
 
     Args:
@@ -89,7 +89,7 @@ def sigma_grid(
             `schedule.sigmas[0]`.
 
     Returns:
-        (N + 1,) float64 on the CPU, falling.
+        (N + 1,) float64 on the CPU, falling; the last two are equal where `final_sigma` is the last timestep's.
 
     Raises:
         ValueError: `final_sigma` is negative or above the last timestep's; and as `timesteps` does.

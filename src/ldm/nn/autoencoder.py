@@ -287,9 +287,9 @@ class AutoencoderKL(nn.Module):
 
             mean ← (mean - μ) / σ,   log-variance ← log-variance - 2 log σ,   and  z ← σ z + μ  before decoding,
 
-        `scaling_factor` becomes 1 and `shift_factor` None. The images decoded from the same picture's latents stay the
-        same (unless a log-variance crosses its clamp). Without these convolutions only a scalar can be kept:
-        `scaling_factor` is divided by the standard deviation over all channels together (LDM, §G), and the shift stays.
+        `scaling_factor` becomes 1 and `shift_factor` None. A picture's latents decode to what they did before, unless a
+        log-variance crosses its clamp. Without these convolutions only a scalar can be kept: `scaling_factor` is
+        divided by the standard deviation over all channels together (LDM, Appendix G), and the shift stays.
 
         Args:
             mean: (C,) mean of each channel of the latents over the training set.
@@ -316,17 +316,16 @@ class AutoencoderKL(nn.Module):
             return
 
         mu, sigma = self.shift_factor + mean / self.config["scaling_factor"], std / self.config["scaling_factor"]
-        for conv in (self.quant_conv, self.post_quant_conv):
-            assert conv.bias is not None
-            weight, bias = conv.weight.double().cpu(), conv.bias.double().cpu()
-            if conv is self.quant_conv:
-                gain, offset = (
-                    torch.cat([1 / sigma, torch.ones_like(sigma)]),
-                    torch.cat([-mu / sigma, -2 * sigma.log()]),
-                )
-                weight, bias = weight * gain[:, None, None, None], bias * gain + offset
-            else:
-                weight, bias = weight * sigma[:, None, None], bias + weight[:, :, 0, 0] @ mu
-            conv.weight.copy_(weight)
-            conv.bias.copy_(bias)
+        # quant_conv's outputs are (mean, log-variance); post_quant_conv's inputs are z. All in float64, rounded once.
+        gain = torch.cat([1 / sigma, torch.ones_like(sigma)])
+        offset = torch.cat([-mu / sigma, -2 * sigma.log()])
+        weight, bias = (p.double().cpu() for p in self.quant_conv.parameters())
+        load_weights(self.quant_conv, weight * gain[:, None, None, None], bias * gain + offset)
+        weight, bias = (p.double().cpu() for p in self.post_quant_conv.parameters())
+        load_weights(self.post_quant_conv, weight * sigma[:, None, None], bias + weight.flatten(1) @ mu)
         self.config.update(scaling_factor=1.0, shift_factor=None)
+
+
+def load_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """Overwrite a convolution's parameters in place, in their own dtype and on their own device."""
+    conv.load_state_dict({"weight": weight, "bias": bias})

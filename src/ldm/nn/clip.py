@@ -20,7 +20,7 @@ from ldm.nn.config import CLIP_INERT, CLIP_OFF, choose, plain_options, read_conf
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Approximate GELU as x · sigmoid(1.702 x), the activation of OpenAI's CLIP (Hendrycks & Gimpel, 1606.08415)."""
+    """Approximate GELU as x · sigmoid(1.702 x), the activation of OpenAI's CLIP (arXiv:1606.08415)."""
     return x * torch.sigmoid(1.702 * x)
 
 
