@@ -1,67 +1,126 @@
-"""The whole road at the smallest size: configs, networks and runs that take seconds. Shared by tests.
+"""The smallest networks that still have every part, with random weights everywhere: fresh ones end in zeros."""
 
-The real YAML is composed, and every number that decides the work is overridden, so that tuning the built-in
-experiment moves no test.
-"""
-
-import sys
-from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+import numpy as np
+import torch
+from torch import nn
 
-from ldm.cli import CONF_DIR
-from ldm.config import TrainConfig, check
+from ldm.conditioner import Conditioner, train_tokenizer
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.nn.autoencoder import AutoencoderKL
+from ldm.nn.clip import CLIP, TextTower
+from ldm.nn.unet import UNet
+from ldm.weights.folder import save_network, save_pipeline_index
 
-ROOT = CONF_DIR.parent
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+    "scaling_factor": 0.8,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 12,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+CAPTIONS = ("a large red circle on the left of a blue background", "a small green star, on black", "ein Pokémon 🙂")
 
-# 16 px pictures, 8 px latents, every network a few thousand parameters, a few steps a stage.
-OVERRIDES = (
-    "experiment=shapes",
-    "data.resolution=16", "data.num_train=64", "data.num_val=8", "data.batch_size=8", "data.num_workers=0",
-    "vae.block_out_channels=[8,8]", "vae.layers_per_block=1", "vae.norm_num_groups=4", "vae.latent_channels=4",
-    "text_encoder.projection_dim=8", "text_encoder.vocab_size=600", "text_encoder.max_length=16",
-    "text_encoder.text.hidden_size=16", "text_encoder.text.intermediate_size=32",
-    "text_encoder.text.num_hidden_layers=1", "text_encoder.text.num_attention_heads=2",
-    "text_encoder.vision.hidden_size=16", "text_encoder.vision.intermediate_size=32",
-    "text_encoder.vision.num_hidden_layers=1", "text_encoder.vision.num_attention_heads=2",
-    "text_encoder.vision.patch_size=8",
-    "unet.block_out_channels=[8,16]", "unet.layers_per_block=1", "unet.attention_head_dim=2", "+unet.norm_num_groups=4",
-    "autoencoder.max_steps=3", "autoencoder.batch_size=8", "autoencoder.optim.warmup_steps=0",
-    "clip.max_steps=3", "clip.batch_size=8", "clip.optim.warmup_steps=0",
-    "optim.warmup_steps=0", "trainer.max_steps=3", "trainer.val_every=2", "trainer.val_batches=1",
-    "trainer.checkpoint_every=2", "callbacks.samples.every=100", "callbacks.samples.num_images=2", "sampling.steps=2",
-)  # fmt: skip
+
+@torch.no_grad()
+def scrambled(module: nn.Module, seed: int = 0) -> Any:
+    """Give every parameter a random value, of a size that keeps activations about as large as they come in."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim < 2:
+            parameter.copy_(float("norm" in name and name.endswith("weight")) + 0.1 * noise)
+        else:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return module.eval()
 
 
-def compose_values(config_name: str, overrides: Sequence[str] = (), config_dir: Path = CONF_DIR) -> dict[str, Any]:
-    """Compose as Hydra does for a script, and resolve."""
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        values: Any = OmegaConf.to_container(compose(config_name, list(overrides)), resolve=True)
-    return values
+def unet(seed: int = 0, **options: Any) -> UNet:
+    return scrambled(UNet(**{**UNET, **options}), seed)
 
 
-def config(output_dir: Path | str, *overrides: str) -> TrainConfig:
-    """Return the checked config of the tiny experiment; `overrides` are said last."""
-    return check(TrainConfig, compose_values("train", [*OVERRIDES, f"output_dir={output_dir}", *overrides]))
+def vae(seed: int = 1, **options: Any) -> AutoencoderKL:
+    return scrambled(AutoencoderKL(**{**VAE, **options}), seed)
 
 
-def run_script(name: str, *arguments: str) -> int:
-    """Run a root script in this process, as typed; return its exit code."""
-    import importlib.util
-    from unittest import mock
+@lru_cache
+def tokenizer() -> Any:
+    return train_tokenizer(CAPTIONS, vocab_size=560, max_length=TEXT["max_position_embeddings"])
 
-    from ldm import cli
 
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    with mock.patch.object(sys, "argv", [str(ROOT / f"{name}.py"), *arguments]):
-        try:
-            cli.run(script.main, name, script.__doc__)
-        except SystemExit as exit:
-            return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    return 0
+def text_options(**options: Any) -> dict[str, Any]:
+    ids = {"vocab_size": len(tokenizer()), "eos_token_id": tokenizer().eos_token_id}
+    return {**TEXT, **ids, **options}
+
+
+def text_tower(seed: int = 2, **options: Any) -> TextTower:
+    return scrambled(TextTower(**text_options(**options)), seed)
+
+
+def clip(seed: int = 3) -> CLIP:
+    return scrambled(CLIP(text_options(), VISION, projection_dim=8), seed)
+
+
+def conditioner(seed: int = 2) -> Conditioner:
+    return Conditioner(tokenizer(), text_tower(seed)).eval()
+
+
+def write_model_folder(folder: Path, prediction_type: str = "epsilon", **unet_options: Any) -> Path:
+    """Write a whole model folder."""
+    save_network(unet(**unet_options), folder / "unet")
+    save_network(vae(), folder / "vae")
+    save_network(text_tower(), folder / "text_encoder")
+    tokenizer().save_pretrained(folder / "tokenizer")
+    settings = {"sampler": "ddim", "steps": 5, "guidance_scale": 3.0}
+    save_pipeline_index(folder, NoiseSchedule(), prediction_type, settings)
+    return folder
+
+
+class Pixels:
+    """A source of `num` random pictures of the given side."""
+
+    def __init__(self, num: int, side: int = 16, seed: int = 0) -> None:
+        self.pixels = np.random.default_rng(seed).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
+        self.texts = [f"a red circle number {i}" for i in range(num)]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.pixels[index], "caption": self.texts[index]}
+
+    def captions(self) -> list[str]:
+        return self.texts
+
+    def fingerprint(self) -> str:
+        return repr((self.pixels.tobytes(), self.texts))

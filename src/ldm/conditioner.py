@@ -55,7 +55,7 @@ class Conditioner(nn.Module):
 
     def num_tokens(self, caption: str) -> int:
         """Count a caption's tokens, begin and end included, before it is cut to L."""
-        return len(self.tokenizer(caption)["input_ids"])
+        return len(self.tokenizer(caption, verbose=False)["input_ids"])
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> Tensor:
@@ -76,23 +76,29 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
         max_length: tokens a caption is cut and padded to.
 
     Returns:
-        A `transformers.CLIPTokenizer`.
+        A `transformers.CLIPTokenizer`, a function of the captions alone: the same in every process.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the bytes.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     begin, end = "<|startoftext|>", "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    if vocab_size < len(base) + 2:
+        raise ValueError(f"vocab_size={vocab_size}: bytes and special tokens alone are {len(base) + 2}")
     template = CLIPTokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = template.normalizer, template.pre_tokenizer
+    # Equal counts are decided by ids: naming the bytes as special tokens fixes theirs, where the trainer would hand
+    # them out in the order of a hash table, another one in each process.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size - 2, end_of_word_suffix="</w>", special_tokens=list(base), show_progress=False
     )
     bpe.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    base = [*alphabet, *(byte + "</w>" for byte in alphabet)]
-    merges = merges[: vocab_size - len(base) - 2]
     tokens = dict.fromkeys([*base, *("".join(merge) for merge in merges)])  # two merges may give one token
     vocab = {token: i for i, token in enumerate([*tokens, begin, end])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)  # type: ignore[arg-type]

@@ -92,6 +92,12 @@ class LatentDiffusionPipeline:
                 f"{folder}: the U-Net listens to context of width {unet.config['cross_attention_dim']}, "
                 f"the text encoder gives {text_tower.config['hidden_size']}"
             )
+        for name in ("in_channels", "out_channels"):
+            if unet.config[name] != vae.config["latent_channels"]:
+                raise UserError(
+                    f"{folder}: the U-Net has {name}={unet.config[name]}, the VAE {vae.config['latent_channels']} "
+                    "latent channels; models that also see a mask or another picture are not for text alone"
+                )
         try:
             conditioner = Conditioner(tokenizer, text_tower)
         except ValueError as error:
@@ -111,7 +117,8 @@ class LatentDiffusionPipeline:
     @property
     def default_size(self) -> int:
         """Side in pixels of the pictures that the U-Net was trained on."""
-        return (self.unet.config["sample_size"] or 64) * self.vae.downscale_factor
+        size = self.unet.config["sample_size"] or 64
+        return (size if isinstance(size, int) else max(size)) * self.vae.downscale_factor
 
     def __call__(
         self, prompt: str | Sequence[str], negative_prompt: str = NULL_CAPTION, seed: int = 0, **options: Any
@@ -152,7 +159,8 @@ class LatentDiffusionPipeline:
             (3, H, W) images in [-1, 1], in the order of the prompts.
 
         Raises:
-            UserError: an unknown sampler; a size that the networks cannot halve; more steps than training has.
+            UserError: an unknown sampler; a size that the networks cannot halve; no steps, or more than training has;
+                a seed out of range.
         """
         sampler = self.settings["sampler"] if sampler is None else sampler
         steps = self.settings["steps"] if steps is None else steps
@@ -160,21 +168,25 @@ class LatentDiffusionPipeline:
         height, width = height or self.default_size, width or self.default_size
         if sampler not in SAMPLERS:
             raise UserError(f"sampler={sampler} is unknown; there are: {', '.join(SAMPLERS)}")
-        if height % self.downscale_factor or width % self.downscale_factor:
+        if min(height, width) < 1 or height % self.downscale_factor or width % self.downscale_factor:
             raise UserError(
                 f"height={height} width={width}: this model draws sizes divisible by {self.downscale_factor}"
             )
-        if steps > self.schedule.num_train_timesteps:
-            raise UserError(f"steps={steps}: this model was trained with {self.schedule.num_train_timesteps} steps")
+        if not 1 <= steps <= self.schedule.num_train_timesteps:
+            raise UserError(f"steps={steps}: this model takes 1 to {self.schedule.num_train_timesteps} steps")
+        if unfit := [seed for seed in seeds if not 0 <= seed < 2**64]:
+            raise UserError(f"seed={unfit[0]}: seeds are whole numbers from 0 to 2^64 - 1")
         sigmas = sigma_grid(self.schedule, steps, **self.grid)
-        with torch.inference_mode():
-            for start in range(0, len(prompts), batch_size):
-                chunk = slice(start, start + batch_size)
+        for start in range(0, len(prompts), batch_size):
+            chunk = slice(start, start + batch_size)
+            # Pictures are handed out outside of inference mode: it would hold in the caller's code too.
+            with torch.inference_mode():
                 latents = self._draw(
                     prompts[chunk], seeds[chunk], negative_prompt, sampler, sigmas, guidance_scale, height, width
                 )
                 latents = latents.to(next(self.vae.parameters()).dtype, memory_format=torch.channels_last)
-                yield from self.vae.image(latents).float().clamp(-1, 1)
+                images = self.vae.image(latents).float().clamp(-1, 1)
+            yield from images
 
     def _draw(
         self,

@@ -106,8 +106,13 @@ def _download(repo_id: str, part: str) -> Path:
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def load_network(network: type[M], folder: Path, dtype: torch.dtype | None = None) -> M:
+def load_network(network: type[M], folder: Path, dtype: torch.dtype = torch.float32) -> M:
     """Load a network from its folder, strictly, holding about one copy of the weights in memory.
+
+    Args:
+        network: its class.
+        folder: with `config.json` and safetensors.
+        dtype: of the parameters, whatever the file holds.
 
     Raises:
         UserError: a file is missing or damaged, an option is not supported, keys are missing or surplus, or a tensor
@@ -115,11 +120,11 @@ def load_network(network: type[M], folder: Path, dtype: torch.dtype | None = Non
     """
     config = load_json(folder / "config.json")
     if network is TextTower and "text_config" in config:  # a whole CLIP serves as text encoder
-        config = {**config["text_config"]}
+        config = {**(config["text_config"] or {}), **(config.get("text_config_dict") or {})}
     try:
         with torch.device("meta"):
             model = network.from_config(config)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # the file may hold values of any kind
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     state = load_weights(folder)
     if network is AutoencoderKL:
@@ -128,9 +133,7 @@ def load_network(network: type[M], folder: Path, dtype: torch.dtype | None = Non
         state = {name.removeprefix("text_model."): t for name, t in state.items() if name.startswith("text_model.")}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
     check_state(model.state_dict(), state, str(folder))
-    if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     model.requires_grad_(True)  # assigned tensors come without
     return model.eval()
 
@@ -142,7 +145,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         if single.is_file():
             return _read_safetensors(single)
         if index.is_file():
-            names = sorted({Path(str(name)).name for name in load_json(index)["weight_map"].values()})
+            shards = load_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise UserError(f"{index} names no files (weight_map)")
+            names = sorted({Path(str(name)).name for name in shards.values()})
             return {key: tensor for name in names for key, tensor in _read_safetensors(folder / name).items()}
     raise UserError(f"{folder} holds no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
 
@@ -186,7 +192,14 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a `transformers.CLIPTokenizer` from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
+    """Load a `transformers.CLIPTokenizer` from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
+
+    Raises:
+        UserError: neither is there, or they are damaged.
+    """
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        # Left to itself, transformers would make one up that knows two words.
+        raise UserError(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     from transformers import CLIPTokenizer
 
     try:
