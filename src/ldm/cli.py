@@ -8,20 +8,25 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ldm.errors import UserError
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
-FREE_TEXT_KEYS = ("prompt", "negative_prompt", "prompt_file", "ckpt", "out", "name", "output_dir", "data.path")
+FREE_TEXT_KEYS = (
+    "prompt", "negative_prompt", "prompt_file", "ckpt", "out", "name", "output_dir", "run_dir",
+    "data.path", "data.image_column", "data.caption_column",
+    "vae.pretrained", "text_encoder.pretrained", "unet.pretrained",
+)  # fmt: skip
 
 
 def quote_free_text(argument: str, keys: Iterable[str] = FREE_TEXT_KEYS) -> str:
     r"""Quote the value of `key=value` for Hydra when `key` holds free text.
 
-    Everything after the first `=` is the text. A value already in a pair of quotes, and an empty one, are left alone.
+    Everything after the first `=` is the text. A value already in a pair of quotes, and an empty one, are left alone,
+    except that `${` never means an interpolation: what the environment holds stays out of prompts and pictures.
 
     >>> quote_free_text("prompt=a red circle, (small) on ${blue}")
     "prompt='a red circle, (small) on \\${blue}'"
@@ -31,29 +36,37 @@ def quote_free_text(argument: str, keys: Iterable[str] = FREE_TEXT_KEYS) -> str:
     key, equals, text = argument.partition("=")
     if not equals or not text or key.lstrip("+") not in keys:
         return argument
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return argument
+    # OmegaConf reads `${` as an interpolation unless an odd number of backslashes stands before it.
+    if re.fullmatch(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", text, re.DOTALL):
+        return f"{key}=" + re.sub(r"(?<!\\)((?:\\\\)*)\$\{", r"\1\\${", text)
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    # OmegaConf reads `${` as an interpolation unless an odd number of backslashes stands before it.
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the candidate nearest to a misspelt word, or an empty string."""
-    candidates = list(candidates)
-    found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    if not found:  # a key may be right but stand at the wrong level: compare last parts
-        last_parts = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
-        found = [last_parts[m] for m in difflib.get_close_matches(word.rpartition(".")[2], last_parts, n=1, cutoff=0.6)]
-    return f"; did you mean '{found[0]}'?" if found else ""
+    """Return `; did you mean 'x'?` for the candidate nearest to a misspelt word, or an empty string.
+
+    Of a dotted key the last part counts first: the key may be right but stand at the wrong level.
+
+    >>> nearest("optim.lrr", ["optim.lr", "autoencoder.optim.lr", "optim.clip_norm"])
+    "; did you mean 'optim.lr'?"
+    """
+
+    def likeness(candidate: str) -> tuple[float, float]:
+        last = difflib.SequenceMatcher(None, word.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return last, difflib.SequenceMatcher(None, word, candidate).ratio()
+
+    best = max(candidates, key=likeness, default="")
+    return f"; did you mean '{best}'?" if best and likeness(best)[0] >= 0.6 else ""
 
 
 def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_dir: Path = CONF_DIR) -> None:
     """Compose `conf/<config_name>.yaml` with the command line by Hydra and call `main(cfg)`.
 
-    Exits with code 2 and one clear message on bad input, 130 on Ctrl-C.
+    Exits with code 2 and one clear message on bad input, 130 on Ctrl-C. What goes wrong before `main` is about the
+    command line or a config file; an exception from inside `main` that is no `UserError` keeps its traceback.
     """
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -62,34 +75,35 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
     sys.argv[1:] = [quote_free_text(argument) for argument in arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of being printed by Hydra
     import hydra
-    from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(main)()
-    except UserError as error:
-        _exit(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        if isinstance(error.__cause__, UserError):
-            _exit(str(error.__cause__))
-        if not _about_the_config(error):
+    faults: list[Exception] = []
+
+    def job(cfg: Any) -> Any:
+        try:  # exits at once: Hydra would print all overrides before handing an exception on
+            return main(cfg)
+        except UserError as error:
+            _exit(str(error))
+        except OmegaConfBaseException as error:  # an interpolation that leads nowhere shows when it is resolved
+            _exit(_explain(error, config_name, config_dir))
+        except Exception as error:
+            faults.append(error)
             raise
-        _exit(_explain(error, config_name, config_dir))
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if any(error is fault for fault in faults):
+            raise
+        _exit(_explain(error, config_name, config_dir))
 
 
-def _exit(message: str) -> None:
+def _exit(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def _about_the_config(error: Exception) -> bool:
-    """Tell a fault in the composed config from one inside the program, which deserves its traceback."""
-    from hydra.errors import InstantiationException
-
-    return not isinstance(error, InstantiationException)
 
 
 def _groups(config_dir: Path) -> dict[str, list[str]]:
@@ -110,26 +124,43 @@ def _help(doc: str, config_name: str, config_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def _explain(error: Exception, config_name: str, config_dir: Path) -> str:
+def _explain(error: BaseException | None, config_name: str, config_dir: Path) -> str:
     """Say in one message what Hydra and OmegaConf spread over several exceptions."""
-    message = str(error).strip()
-    chain = [message]
-    while error.__cause__ is not None:
-        error = error.__cause__  # type: ignore[assignment]
-        chain.append(str(error).strip())
+    chain = []
+    while error is not None:
+        chain.append(str(error).strip() or type(error).__name__)
+        error = error.__cause__
     text = "\n".join(dict.fromkeys(chain))
-
-    from ldm.config import known_keys
-
     groups = _groups(config_dir)
-    candidates = [*known_keys(config_name), *(groups if config_name == "train" else ())]
     if found := re.search(r"Could not override '([^']+)'", text):
-        key = found[1].partition("@")[0].replace("/", ".")
+        from ldm.config import known_keys
+
+        key = found[1].rpartition("@")[2].replace("/", ".")
+        full_key = at[1] if (at := re.search(r"full_key: (\S+)", text)) else key
+        stated, added = _composed_keys(config_name, config_dir), re.search(r"use \+(\S[^\n]*)", text)
+        known = set(known_keys(config_name))
+        if added and "@" not in found[1] and (key in known or key in stated or key.startswith("optim.arguments.")):
+            sign = "+" if full_key == key else "++"  # a mapping that is there already takes new entries by ++
+            return f"'{full_key}' is not stated in the composed config; to add it write {sign}{added[1]}"
+        candidates = sorted({*known, *stated, *(groups if config_name == "train" else ())})
         return f"unknown config key '{key}'{nearest(key, candidates)} (--help lists the groups, --cfg job the keys)"
     if found := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, option = found[1], found[2]
         options = groups.get(group, [])
-        return f"no option '{option}' in group '{group}'{nearest(option, options)} It has: {', '.join(options)}"
-    if found := re.search(r"Missing mandatory value: (\S+)|Mandatory value missing.*?full_key: (\S+)", text, re.DOTALL):
-        return f"the value of '{found[1] or found[2]}' is missing: give it as {found[1] or found[2]}=…"
+        return f"no option '{option}' in group '{group}'{nearest(option, options) or '.'} It has: {', '.join(options)}"
     return text
+
+
+def _composed_keys(config_name: str, config_dir: Path) -> list[str]:
+    """Return the dotted keys of the config as it is composed without any override."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
+                yield from walk(child, f"{prefix}{key}.")
+
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        return list(walk(compose(config_name), ""))

@@ -4,9 +4,10 @@ Hydra composes YAML, `check` turns it into one of the frozen classes below or ra
 Options of the networks carry no defaults here: what YAML leaves out takes the default of the class in `ldm.nn`.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -29,10 +30,13 @@ Stage = Literal["autoencoder", "clip", "diffusion"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits; `seed + i` must fit too
+Sampler = Literal["ddim", "ddpm"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
     def options(self) -> dict[str, Any]:
         """Return the options that the config states, for a constructor that holds the defaults of the others."""
@@ -64,7 +68,7 @@ class ShapesData(DataBase):
     kind: Literal["shapes"]
     objects: Literal[1, 2]
     num_train: PositiveInt
-    seed: Count0
+    seed: Seed
 
 
 class HubData(DataBase):
@@ -149,7 +153,6 @@ class UNet(Section):
 
 
 class Optim(Section):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     target: str = Field(alias="_target_", min_length=1)
     lr: PositiveFloat
     weight_decay: Fraction0
@@ -162,6 +165,7 @@ class Optim(Section):
 class AutoencoderStage(Section):
     max_steps: PositiveInt
     batch_size: PositiveInt
+    precision: Precision | None
     kl_weight: Fraction0
     ema_decay: Decay
     optim: Optim
@@ -194,7 +198,7 @@ class Trainer(Section):
     devices: PositiveInt | Literal["auto"]
     num_nodes: PositiveInt
     strategy: str
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    precision: Precision
     max_steps: PositiveInt
     accumulate_grad_batches: PositiveInt
     val_every: PositiveInt
@@ -210,17 +214,17 @@ class Trainer(Section):
 
 
 class Sampling(Section):
-    sampler: str
+    sampler: Sampler
     steps: PositiveInt
     guidance_scale: Fraction0
 
 
 class TrainConfig(Section):
     name: str = Field(min_length=1)
-    output_dir: str
-    run_dir: str
+    output_dir: str = Field(min_length=1)
+    run_dir: str = Field(min_length=1)
     stages: Annotated[list[Stage], Field(min_length=1)]
-    seed: Count0
+    seed: Seed
     resume: Literal["auto", "never"]
     data: Data
     vae: VAE
@@ -241,6 +245,13 @@ class TrainConfig(Section):
             raise ValueError(f"stages={self.stages} names a stage twice")
         if "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name={self.name!r} must be one folder name; output_dir= says where it lies")
+        if self.name in ("stages", "cache"):
+            raise ValueError(f"name={self.name!r} is where runs keep what they share: take another name")
+        if self.sampling.steps > self.diffusion.num_train_timesteps:
+            raise ValueError(
+                f"sampling.steps={self.sampling.steps} is more than "
+                f"diffusion.num_train_timesteps={self.diffusion.num_train_timesteps}"
+            )
         for stage, part in (("autoencoder", self.vae), ("clip", self.text_encoder)):
             if stage in self.stages and part.pretrained:
                 raise ValueError(
@@ -287,9 +298,9 @@ class SampleConfig(Section):
     prompt_file: str | None
     negative_prompt: str
     num_images: PositiveInt
-    seed: Count0
+    seed: Seed
     steps: PositiveInt | None
-    sampler: str | None
+    sampler: Sampler | None
     guidance_scale: Fraction0 | None
     height: PositiveInt | None
     width: PositiveInt | None
@@ -309,9 +320,9 @@ class EvaluateConfig(Section):
     ckpt: str = Field(min_length=1)
     metrics: Annotated[list[Literal["prompt_accuracy"]], Field(min_length=1)]
     num_prompts: PositiveInt
-    seed: Count0
+    seed: Seed
     steps: PositiveInt | None
-    sampler: str | None
+    sampler: Sampler | None
     guidance_scale: Fraction0 | None
     batch_size: PositiveInt
     out: str | None
@@ -335,7 +346,10 @@ def check(schema: type[S], config: Mapping[str, Any]) -> S:
     try:
         return schema.model_validate(config)
     except ValidationError as error:
-        lines = [_describe(schema, fault) for fault in error.errors()]
+        faults: dict[str, list[Any]] = {}  # a value that may be of several types has a fault for each
+        for fault in error.errors():
+            faults.setdefault(_key(fault["loc"]), []).append(fault)
+        lines = [_describe(schema, key, found) for key, found in faults.items()]
         raise UserError("\n  ".join(["the config has faults:", *lines]) if len(lines) > 1 else lines[0]) from None
 
 
@@ -359,17 +373,25 @@ def load_run_config(run_dir: Path) -> TrainConfig | None:
     return check(TrainConfig, values)
 
 
-def _describe(schema: type[Section], fault: Any) -> str:
-    kinds = ("shapes", "hub", "custom")  # the tag that pydantic puts into the path of a discriminated union
-    key = ".".join(str(part) for i, part in enumerate(fault["loc"]) if not (i == 1 and part in kinds))
-    if fault["type"] == "extra_forbidden":
+def _key(loc: Sequence[int | str]) -> str:
+    """Return the dotted key of a fault, without what pydantic adds to tell the types in a union apart."""
+    kinds = ("shapes", "hub", "custom")
+    parts = [str(part) for i, part in enumerate(loc) if not (i == 1 and loc[0] == "data" and part in kinds)]
+    return ".".join(part for part in parts if not re.match(r"constrained-|list\[|literal\[", part))
+
+
+def _describe(schema: type[Section], key: str, faults: Sequence[Any]) -> str:
+    fault = faults[0]
+    value, kind = fault["input"], fault["type"]
+    if kind == "extra_forbidden":
         return f"unknown config key '{key}'{nearest(key, _keys(schema))}"
-    if fault["type"] == "missing":
-        return f"config key '{key}' is missing"
-    message = fault["msg"].removeprefix("Value error, ")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{key}.kind must be 'shapes', 'hub' or 'custom'; {key}=shapes and {key}=hub set all that belongs to it"
+    if kind == "missing" or value is None:
+        return f"config key '{key}' is missing: give it as {key}=…"
+    message = ", or ".join(each["msg"].removeprefix("Value error, ") for each in faults)
     if not key:
         return message
-    value = fault["input"]
     return f"{key}: {message}" + ("" if isinstance(value, Mapping | BaseModel) else f", not {value!r}")
 
 
@@ -389,6 +411,6 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif not isinstance(annotation, type):
+    elif get_origin(annotation) is not dict:  # its keys are free
         for argument in get_args(annotation):
             yield from _sections(argument)

@@ -73,6 +73,10 @@ def _wrap(text: str, width: int, font: Any) -> list[str]:
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        lines.append("")
+        for letter in word:  # a word wider than the picture is broken; some scripts write whole sentences so
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines

@@ -75,12 +75,14 @@ class LatentDiffusionPipeline:
             check_prediction_type(prediction_type)
             if (spacing := scheduler.get("timestep_spacing", "leading")) not in SPACINGS:
                 raise ValueError(f"timestep_spacing={spacing!r} is not supported (only {', '.join(SPACINGS)})")
-        except ValueError as error:
+            if not isinstance(steps_offset := scheduler.get("steps_offset", 0), int) or steps_offset < 0:
+                raise ValueError(f"steps_offset={steps_offset!r} is not supported (only whole numbers from 0)")
+        except (ValueError, TypeError) as error:
             raise UserError(f"{folder / 'scheduler' / 'scheduler_config.json'}: {error}") from error
         to_one = scheduler.get("set_alpha_to_one", True)
         grid = {
             "spacing": spacing,
-            "steps_offset": scheduler.get("steps_offset", 0),
+            "steps_offset": steps_offset,
             "final_sigma": 0.0 if to_one else float(schedule.sigmas[0]),
         }
         text_tower = load_network(TextTower, folder / "text_encoder", DTYPES[dtype])
@@ -232,6 +234,6 @@ def find_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device={device} is not available: {str(error).splitlines()[0]}") from error
     return found

@@ -1,5 +1,6 @@
 """What `sample.py` does: prompts from the command line or a file, pictures into a folder."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def sample(values: dict[str, Any]) -> list[Path]:
     from ldm.weights.folder import find_model
 
     find_model(config.ckpt)  # before anything is made, and before torch has done its work
-    out = _writable_folder(config.out)
+    out = Path(config.out).expanduser()
+    _check_writable(out)
     from ldm.data.images import to_pixels
     from ldm.gallery import grid, save_png, slug
     from ldm.pipeline import LatentDiffusionPipeline
@@ -50,7 +52,11 @@ def sample(values: dict[str, Any]) -> list[Path]:
         settings = {"prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed, **options}
         files.append(out / f"{i:04d}-{seed}-{slug(prompt)}.png")
         drawn.append(to_pixels(image))
-        save_png(files[-1], drawn[-1], {**settings, "dtype": config.dtype, "model": Path(config.ckpt).name})
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
+            save_png(files[-1], drawn[-1], {**settings, "dtype": config.dtype, "model": Path(config.ckpt).name})
+        except OSError as error:
+            raise UserError(f"out={config.out} cannot be written: {error}") from error
     print(f"{len(files)} pictures in {time.monotonic() - started:.1f} s: {out}/")
     if len(files) > 1:
         files.append(out / "grid.png")
@@ -64,7 +70,7 @@ def _prompts(config: SampleConfig) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
     try:
-        lines = Path(config.prompt_file or "").expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(config.prompt_file or "").expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file={config.prompt_file} cannot be read: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
@@ -73,14 +79,14 @@ def _prompts(config: SampleConfig) -> list[str]:
     return prompts
 
 
-def _writable_folder(name: str) -> Path:
-    """Make a folder, and know before any work is done that files can be written into it."""
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"out={name} cannot be written: {error.strerror}") from error
-    return folder
+def _check_writable(folder: Path) -> None:
+    """Know before any work is done, and without leaving a trace, that files can be written into a folder.
+
+    Raises:
+        UserError: they cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"out={folder} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"out={folder} cannot be written: no permission to write into {there}")

@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import chain, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +21,10 @@ def first(num_batches, *args, **kwargs):
     return list(islice(EndlessBatches(*args, **kwargs), num_batches))
 
 
+def flat(lists):
+    return list(chain.from_iterable(lists))
+
+
 # ---------------------------------------------------------------------------------------------------------- order
 
 
@@ -28,7 +32,7 @@ def first(num_batches, *args, **kwargs):
 @given(**sizes)
 def test_every_index_comes_exactly_once_in_each_n_draws(num_samples, batch_size, seed):
     num_batches = -(-3 * num_samples // batch_size)
-    drawn = sum(first(num_batches, num_samples, batch_size, seed), [])
+    drawn = flat(first(num_batches, num_samples, batch_size, seed))
     for i in range(3):
         assert sorted(drawn[i * num_samples : (i + 1) * num_samples]) == list(range(num_samples))
 
@@ -44,7 +48,7 @@ def test_batches_are_full(num_samples, batch_size, seed):
 def test_ranks_share_out_the_order_of_one_rank_with_the_whole_batch(num_samples, batch_size, seed, world_size):
     together = first(4, num_samples, batch_size * world_size, seed)
     ranks = [first(4, num_samples, batch_size, seed, rank, world_size) for rank in range(world_size)]
-    assert [sum(batches, []) for batches in zip(*ranks, strict=True)] == together
+    assert [flat(batches) for batches in zip(*ranks, strict=True)] == together
 
 
 @SETTINGS
@@ -97,7 +101,9 @@ def test_pictures_of_any_size_are_cut_to_one():
 # -------------------------------------------------------------------------------------------------------- loaders
 
 
-def module(num=10, rank=0, world_size=1, global_step=0, accumulate=1, batch_size=4, num_val=5, source=Pixels, **options):
+def module(
+    num=10, rank=0, world_size=1, global_step=0, accumulate=1, batch_size=4, num_val=5, source=Pixels, **options
+):
     train, val = Pictures(source(num), 16), Pictures(source(num_val, seed=1), 16)
     datamodule = DataModule(train, val, batch_size, seed=3, **options)
     datamodule.trainer = SimpleNamespace(
@@ -136,16 +142,16 @@ def test_a_resumed_run_goes_on_where_the_trainer_stands(accumulate, rank):
 
 def test_overfitting_uses_the_first_batches_alone():
     drawn = captions(module(num=100, overfit_batches=2).train_dataloader(), 10)
-    assert set(sum(drawn, [])) == set(Pixels(100).texts[:8])
+    assert set(flat(drawn)) == set(Pixels(100).texts[:8])
     few = captions(module(num=5, overfit_batches=2).train_dataloader(), 10)
-    assert set(sum(few, [])) == set(Pixels(5).texts)
+    assert set(flat(few)) == set(Pixels(5).texts)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_is_the_whole_set_once_in_order(world_size):
     loaders = [module(num_val=11, rank=rank, world_size=world_size).val_dataloader() for rank in range(world_size)]
-    drawn = [sum(captions(loader), []) for loader in loaders]
-    assert sorted(sum(drawn, [])) == sorted(Pixels(11).texts)
+    drawn = [flat(captions(loader)) for loader in loaders]
+    assert sorted(flat(drawn)) == sorted(Pixels(11).texts)
     assert drawn[0] == Pixels(11).texts[::world_size]
     assert captions(loaders[0]) == captions(loaders[0])
 

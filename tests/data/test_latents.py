@@ -105,7 +105,9 @@ def test_the_null_context_is_kept(tmp_path):
 def test_moments_are_kept_not_samples(tmp_path):
     moments = everything(build(tmp_path))["moments"]
     vae = tiny.vae()
-    draws = [vae.latents(moments, torch.randn(NUM, 4, 8, 8, generator=torch.Generator().manual_seed(i))) for i in (0, 1)]
+    draws = [
+        vae.latents(moments, torch.randn(NUM, 4, 8, 8, generator=torch.Generator().manual_seed(i))) for i in (0, 1)
+    ]
     assert not torch.allclose(*draws)
 
 

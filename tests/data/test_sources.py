@@ -135,7 +135,7 @@ def test_folders_named_as_splits_are_splits(tmp_path):
     picture_folder(tmp_path / "set" / "test", ["c.png"])
     assert len(HubSource(hub_data(tmp_path / "set"))) == 2
     assert len(HubSource(hub_data(tmp_path / "set", split="test"))) == 1
-    with pytest.raises(UserError, match="has no split 'val' .*it has: train, test"):
+    with pytest.raises(UserError, match=r"has no split 'val' .*it has: train, test"):
         HubSource(hub_data(tmp_path / "set", split="val"))
 
 
@@ -195,7 +195,7 @@ def test_a_missing_column_names_the_columns(tmp_path, key):
 
 
 def test_a_folder_without_captions(tmp_path):
-    with pytest.raises(UserError, match="has no column 'text'.*it has: image"):
+    with pytest.raises(UserError, match=r"has no column 'text'.*it has: image"):
         HubSource(hub_data(picture_folder(tmp_path / "set", metadata=None)))
 
 
@@ -210,7 +210,7 @@ def test_a_column_that_holds_no_pictures(tmp_path):
 @pytest.mark.parametrize("words", [[1, 2], [None, "b"], [["a", "b"], ["c"]]])
 def test_captions_that_are_no_text_name_the_row(tmp_path, words):
     source = HubSource(hub_data(parquet_folder(tmp_path / "set", 2, words=words), caption_column="words"))
-    with pytest.raises(UserError, match="row 0: the caption in column 'words' is .*, not text"):
+    with pytest.raises(UserError, match=r"row 0: the caption in column 'words' is .*, not text"):
         source.captions()
     with pytest.raises(UserError, match="row 0"):
         source[0]
@@ -282,6 +282,12 @@ def test_fingerprint_follows_pictures_captions_and_order(tmp_path):
     assert len({first, *others}) == 6
 
 
+def test_fingerprint_knows_where_a_picture_ends_and_its_caption_begins(tmp_path):
+    one = parquet_folder(tmp_path / "one", images=[b"ab"], text=["c"])
+    other = parquet_folder(tmp_path / "other", images=[b"a"], text=["bc"])
+    assert HubSource(hub_data(one)).fingerprint() != HubSource(hub_data(other)).fingerprint()
+
+
 def test_fingerprint_of_a_folder_follows_its_files(tmp_path):
     folder = picture_folder(tmp_path / "set", ["a.png", "b.png"])
     before = HubSource(hub_data(folder)).fingerprint()
@@ -301,7 +307,7 @@ def test_training_and_validation_pictures_are_the_whole_set_once(tmp_path):
 
 
 def test_validation_may_not_take_everything(tmp_path):
-    with pytest.raises(UserError, match="the set has 5 pictures, data.num_val=5 leaves none to train on"):
+    with pytest.raises(UserError, match=r"the set has 5 pictures, data.num_val=5 leaves none to train on"):
         open_sources(hub_data(parquet_folder(tmp_path / "set", 5), num_val=5))
 
 

@@ -1,5 +1,6 @@
 """What `evaluate.py` does: metrics of a trained model, as JSON, as a table, as pictures."""
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,10 @@ def evaluate(values: Mapping[str, Any]) -> dict[str, Any]:
     out = Path(config.out).expanduser() if config.out else run_dir / "evaluation.json"
     if not out.parent.is_dir():
         raise UserError(f"out={config.out}: there is no folder {out.parent}")
+    if out.is_dir() or out.suffix != ".json":
+        raise UserError(f"out={config.out} must name a file that ends in .json")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{out} cannot be written: no permission to write into {out.parent}")
     started = time.monotonic()
     results: dict[str, Any] = {"ckpt": config.ckpt}
     for metric in config.metrics:

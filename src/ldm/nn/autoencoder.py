@@ -219,6 +219,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(latent_channels, out_channels, *shared)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self.narrow_posterior()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -228,6 +229,18 @@ class AutoencoderKL(nn.Module):
             ValueError: the file asks for something this autoencoder does not have; the option is named.
         """
         return cls(**read_config(config, cls, AUTOENCODER_OFF))
+
+    @torch.no_grad()
+    def narrow_posterior(self, logvar: float = -6.0) -> None:
+        """Start with a posterior of small variance, so that the first latents are signal and not noise.
+
+        With PyTorch's defaults it starts near N(0, I), and the decoder has nothing to learn from until the encoder
+        has made itself heard: a multiple of the steps to the same reconstruction.
+        """
+        last = self.encoder.conv_out if self.quant_conv is None else self.quant_conv
+        assert last.bias is not None
+        last.weight[last.out_channels // 2 :] *= 0.1
+        last.bias[last.out_channels // 2 :] = logvar
 
     @property
     def downscale_factor(self) -> int:

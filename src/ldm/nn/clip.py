@@ -359,5 +359,8 @@ class CLIP(nn.Module):
         Returns:
             (B, B) logits, a row for each image and a column for each text.
         """
-        text, image = F.normalize(self.encode_text(input_ids), dim=-1), F.normalize(self.encode_image(image), dim=-1)
-        return self.logit_scale.exp() * image @ text.T
+        return self.compare(self.encode_text(input_ids), self.encode_image(image))
+
+    def compare(self, text: Tensor, image: Tensor) -> Tensor:
+        """Return the logits (B, B) of embeddings (B, P), which need not be normalised."""
+        return self.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T

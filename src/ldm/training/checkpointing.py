@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from ldm.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -52,6 +54,22 @@ def last_checkpoint_callback(folder: Path, every: int) -> ModelCheckpoint:
     )
 
 
-def read_identity(path: Path) -> dict[str, Any]:
-    """Return the config that a checkpoint was trained with, as its module stored it."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("identity", {})
+class Header(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    identity: dict[str, Any]  # the config that decides its weights
+    step: int
+
+
+def read_header(path: Path) -> Header:
+    """Read what a checkpoint says of itself, without its weights.
+
+    Raises:
+        UserError: it is damaged, of another kind, or holds more than data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Header(dict(content["identity"]), int(content["global_step"]))
+    except Exception as error:  # a zip, a pickle or its content: torch raises something else for each
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be read: {reason}. To start anew over it: resume=never") from error

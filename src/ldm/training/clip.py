@@ -45,7 +45,12 @@ class ClipModule(StageModule):
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the loss and the share of pictures whose own caption is the nearest in the batch."""
         input_ids = tokenize(self.tokenizer, batch["caption"], self.max_length).to(self.device)
-        logits = self.network(input_ids, batch["image"])  # (B, B): a row for each picture
+        clip: CLIP = self.network  # type: ignore[assignment]
+        text, image = clip.encode_text(input_ids), clip.encode_image(batch["image"])
+        if self.training and self.trainer.world_size > 1:  # each picture is told apart from those of all ranks
+            gathered: Any = [self.all_gather(each, sync_grads=True) for each in (text, image)]
+            text, image = (each.flatten(0, 1) for each in gathered)
+        logits = clip.compare(text, image)  # (B, B): a row for each picture
         own = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return {"loss": loss, "recall": (logits.argmax(1) == own).float().mean()}

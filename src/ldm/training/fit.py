@@ -1,55 +1,65 @@
-"""Build, fit and export each stage."""
+"""Fit and export each stage."""
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
-from ldm.conditioner import Conditioner, num_truncated, train_tokenizer
+from ldm.conditioner import num_truncated, train_tokenizer
 from ldm.config import Stage, TrainConfig
 from ldm.data.datamodule import DataModule, Pictures
 from ldm.data.latents import cached_latents
 from ldm.data.sources import open_sources
-from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.nn.autoencoder import AutoencoderKL
-from ldm.nn.clip import CLIP, TextTower
-from ldm.nn.unet import UNet
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
-from ldm.training.checkpointing import AtomicCheckpointIO, last_checkpoint_callback, read_identity
+from ldm.training.checkpointing import AtomicCheckpointIO, last_checkpoint_callback, read_header
 from ldm.training.clip import ClipModule
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.loggers import MetricsCSV
 from ldm.training.module import StageModule
-from ldm.training.stages import PARTS, record_result, require_result, stage_inputs
-from ldm.weights.folder import (
-    find_part,
-    load_network,
-    load_tokenizer,
-    save_network,
-    save_pipeline_index,
-    written_atomically,
-)
+from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, check_networks, load_frozen
+from ldm.training.optim import build_optimizer
+from ldm.training.stages import PARTS, is_done, record_result, stage_inputs, stage_steps
+from ldm.weights.folder import save_network, save_pipeline_index, written_atomically
 
 ENCODE_BATCH = 64
+
+Begin = Callable[[], None]  # called once all that can be wrong with a config has been looked at
+
+
+def check_at_the_door(config: TrainConfig, stages: Sequence[Stage]) -> None:
+    """Find what would stop any of these stages before the first of them is trained.
+
+    Raises:
+        UserError: networks or optimizers cannot be built; a checkpoint in the run directory is another config's.
+    """
+    check_networks(config, stages)
+    for stage in stages:
+        optim = config.optim if stage == "diffusion" else getattr(config, stage).optim
+        build_optimizer(nn.Linear(1, 1), optim, stage_steps(config, stage))
+        _resume_from(config, stage)
 
 
 # ------------------------------------------------------------------------------------------------------ the stages
 
 
-def fit_autoencoder(config: TrainConfig, place: Path) -> float | None:
+def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> float | None:
     """Train the VAE, fold its latent statistics into it, and write `vae/` into `place`."""
     train, val = _pictures(config)
     module = AutoencoderModule(build_vae(config), config.autoencoder, config.seed)
-    trainer = _fit(config, module, DataModule(train, val, **_feeding(config, config.autoencoder.batch_size)))
-    if trainer.is_global_zero:
+    trainer = _fit(config, module, DataModule(train, val, **_feeding(config, config.autoencoder.batch_size)), begin)
+    if trainer.is_global_zero and not is_done(config, "autoencoder"):  # another run may have been faster
         vae = module.evaluated.to(trainer.strategy.root_device).eval()
-        vae.fold_latent_statistics(*latent_statistics(vae, train, ENCODE_BATCH))
+        try:
+            vae.fold_latent_statistics(*latent_statistics(vae, train, ENCODE_BATCH))
+        except ValueError as error:
+            raise UserError(f"training the VAE failed, try a lower autoencoder.optim.lr: {error}") from error
         with written_atomically(place) as folder:
             save_network(vae, folder / "vae")
             record_result(config, "autoencoder", folder)
@@ -57,7 +67,7 @@ def fit_autoencoder(config: TrainConfig, place: Path) -> float | None:
     return _validation_loss(trainer, module)
 
 
-def fit_clip(config: TrainConfig, place: Path) -> float | None:
+def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> float | None:
     """Train the vocabulary and both towers; write `clip/`, `text_encoder/` and `tokenizer/` into `place`."""
     train, val = _pictures(config)
     tokenizer = train_tokenizer(
@@ -66,8 +76,8 @@ def fit_clip(config: TrainConfig, place: Path) -> float | None:
     clip = build_clip(config, tokenizer)
     max_length = clip.config["text_config"]["max_position_embeddings"]
     module = ClipModule(clip, tokenizer, max_length, config.clip, config.seed)
-    trainer = _fit(config, module, DataModule(train, val, **_feeding(config, config.clip.batch_size)))
-    if trainer.is_global_zero:
+    trainer = _fit(config, module, DataModule(train, val, **_feeding(config, config.clip.batch_size)), begin)
+    if trainer.is_global_zero and not is_done(config, "clip"):
         with written_atomically(place) as folder:
             save_network(clip, folder / "clip")
             save_network(clip.text_model, folder / "text_encoder")
@@ -77,27 +87,27 @@ def fit_clip(config: TrainConfig, place: Path) -> float | None:
     return _validation_loss(trainer, module)
 
 
-def fit_diffusion(config: TrainConfig, place: Path) -> float | None:
+def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> float | None:
     """Train the U-Net over the frozen VAE and text encoder; complete the model folder `place`."""
     vae, conditioner = load_frozen(config)
-    unet = build_unet(config, vae, conditioner)
+    unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
     schedule = build_schedule(config)
     train, val = _pictures(config)
     prompts = [val.source.captions()[i] for i in range(min(len(val), 64))]
-    if cut := num_truncated(conditioner, train.source.captions()):
-        print(f"  {cut} of {len(train)} captions are longer than {conditioner.max_length} tokens and are cut there")
     module = DiffusionModule(
         unet, schedule, config.diffusion, config.optim, config.trainer.max_steps, config.seed,
         vae, conditioner, config.sampling, prompts,
     )  # fmt: skip
     trainer = _build_trainer(config, module)
+    if trainer.is_global_zero and (cut := num_truncated(conditioner, train.source.captions())):
+        print(f"  {cut} of {len(train)} captions are longer than {conditioner.max_length} tokens and are cut there")
     datasets: tuple[Any, Any] = (train, val)
     if config.data.cache:
         device = trainer.strategy.root_device
         root = Path(config.output_dir) / "cache"
         encoders = vae.to(device), conditioner.to(device)
         datasets = cached_latents(root, train, *encoders), cached_latents(root, val, *encoders)
-    _fit(config, module, DataModule(*datasets, **_feeding(config, config.data.batch_size)), trainer)
+    _fit(config, module, DataModule(*datasets, **_feeding(config, config.data.batch_size)), begin, trainer)
     if trainer.is_global_zero:
         if config.vae.pretrained:
             save_network(vae, place / "vae")
@@ -111,105 +121,11 @@ def fit_diffusion(config: TrainConfig, place: Path) -> float | None:
     return _validation_loss(trainer, module)
 
 
-FIT: Mapping[Stage, Callable[[TrainConfig, Path], float | None]] = {
+FIT: Mapping[Stage, Callable[[TrainConfig, Path, Begin], float | None]] = {
     "autoencoder": fit_autoencoder,
     "clip": fit_clip,
     "diffusion": fit_diffusion,
 }
-
-
-# ---------------------------------------------------------------------------------------------------- the networks
-
-
-def build_vae(config: TrainConfig) -> AutoencoderKL:
-    """Build the VAE that a config describes, with fresh weights that are a function of the seed."""
-    options = config.vae.options()
-    num_levels = len(options.get("block_out_channels", [0]))
-    return _build(
-        AutoencoderKL,
-        "vae",
-        config.seed,
-        scaling_factor=1.0,
-        sample_size=config.data.resolution,
-        down_block_types=["DownEncoderBlock2D"] * num_levels,
-        up_block_types=["UpDecoderBlock2D"] * num_levels,
-        **options,
-    )
-
-
-def build_clip(config: TrainConfig, tokenizer: Any) -> CLIP:
-    """Build both towers of CLIP around a tokenizer."""
-    part = config.text_encoder
-    if part.text is None or part.vision is None:
-        raise UserError("stage 'clip' needs both towers: text_encoder.text and text_encoder.vision (text_encoder=tiny)")
-    text = {
-        **part.text.options(),
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {**part.vision.options(), "image_size": config.data.resolution}
-    options = {} if part.projection_dim is None else {"projection_dim": part.projection_dim}
-    return _build(CLIP, "text_encoder", config.seed, text_config=text, vision_config=vision, **options)
-
-
-def build_unet(config: TrainConfig, vae: AutoencoderKL, conditioner: Conditioner) -> UNet:
-    """Build the U-Net that fits a VAE and a text encoder: fresh, or with pretrained weights."""
-    channels, width = vae.config["latent_channels"], conditioner.text_tower.config["hidden_size"]
-    if config.unet.pretrained:
-        unet = load_network(UNet, find_part(config.unet.pretrained, "unet"))
-    else:
-        defaults = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
-        options = config.unet.options()
-        sample_size = config.data.resolution // vae.downscale_factor
-        unet = _build(UNet, "unet", config.seed, **{"sample_size": sample_size, **defaults, **options})
-    for name, value in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", width)):
-        if unet.config[name] != value:
-            raise UserError(
-                f"unet.{name}={unet.config[name]} does not fit: the VAE has {channels} latent channels, "
-                f"the text encoder is {width} wide"
-            )
-    factor = vae.downscale_factor * unet.downscale_factor
-    if config.data.resolution % factor:
-        raise UserError(f"data.resolution={config.data.resolution} must be a multiple of {factor}: the VAE and the "
-                        f"U-Net halve it {factor.bit_length() - 1} times")  # fmt: skip
-    return unet
-
-
-def build_schedule(config: TrainConfig) -> NoiseSchedule:
-    names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-    return NoiseSchedule(**{name: getattr(config.diffusion, name) for name in names})
-
-
-def load_frozen(config: TrainConfig) -> tuple[AutoencoderKL, Conditioner]:
-    """Load the VAE and the conditioner that the U-Net is trained over: pretrained, or earlier stages' results."""
-    vae_folder = (
-        find_part(config.vae.pretrained, "vae")
-        if config.vae.pretrained
-        else require_result(config, "autoencoder") / "vae"
-    )
-    if config.text_encoder.pretrained:
-        text_folder = find_part(config.text_encoder.pretrained, "text_encoder")
-        tokenizer_folder = find_part(config.text_encoder.pretrained, "tokenizer")
-    else:
-        result = require_result(config, "clip")
-        text_folder, tokenizer_folder = result / "text_encoder", result / "tokenizer"
-    vae = load_network(AutoencoderKL, vae_folder).requires_grad_(False)
-    vae.to(memory_format=torch.channels_last)
-    conditioner = Conditioner(load_tokenizer(tokenizer_folder), load_network(TextTower, text_folder))
-    return vae, conditioner.eval().requires_grad_(False)
-
-
-def _build(network: Any, group: str, seed: int, **options: Any) -> Any:
-    """Build a network whose fresh weights are a function of the seed alone, and say so if its options cannot be."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return network(**options)
-        except ValueError as error:
-            raise UserError(f"{group}: {error}") from error
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -230,6 +146,7 @@ def _feeding(config: TrainConfig, batch_size: int) -> dict[str, int]:
 
 
 def _build_trainer(config: TrainConfig, module: StageModule) -> pl.Trainer:
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     # Lightning announces devices and tips at every start; what matters here is said by ourselves.
@@ -237,11 +154,15 @@ def _build_trainer(config: TrainConfig, module: StageModule) -> pl.Trainer:
     for name in ("accelerators.cuda", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance(treespec, LeafSpec)` is deprecated.*")
+    warnings.filterwarnings("ignore", message=r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*")
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")  # the EMA
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`ModelCheckpoint.*`")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.nn.functional.all_gather is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*There is a wandb run already in progress.*")  # the stage before
     options = config.trainer
+    # Like `optim`, `max_steps` and `data.batch_size`, accumulation is said for the diffusion stage.
+    accumulate = options.accumulate_grad_batches if module.stage == "diffusion" else 1
     checkpoints = last_checkpoint_callback(checkpoint_path(config, module.stage).parent, options.checkpoint_every)
     try:
         return pl.Trainer(
@@ -249,12 +170,12 @@ def _build_trainer(config: TrainConfig, module: StageModule) -> pl.Trainer:
             devices=options.devices,
             num_nodes=options.num_nodes,
             strategy=options.strategy,
-            precision=options.precision,
+            precision=_precision(config, module.stage),
             max_steps=module.max_steps,
             max_epochs=-1,
-            accumulate_grad_batches=options.accumulate_grad_batches,
+            accumulate_grad_batches=accumulate,
             gradient_clip_val=module.optim.clip_norm,
-            val_check_interval=options.val_every * options.accumulate_grad_batches,
+            val_check_interval=min(options.val_every, module.max_steps) * accumulate,
             check_val_every_n_epoch=None,
             limit_val_batches=options.val_batches,
             num_sanity_val_steps=0,
@@ -266,12 +187,32 @@ def _build_trainer(config: TrainConfig, module: StageModule) -> pl.Trainer:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except (pl.utilities.exceptions.MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, ImportError | TypeError):  # no such class, or not with these arguments
+            raise UserError(str(error.__cause__ if isinstance(error.__cause__, ImportError) else error)) from error
+        raise
+
+
+def _precision(config: TrainConfig, stage: str) -> Any:
+    """Return the precision a stage trains in; `auto` is bf16 where the hardware multiplies in it, else float32."""
+    own = config.autoencoder.precision if stage == "autoencoder" else None
+    precision = own or config.trainer.precision
+    if precision != "auto":
+        return precision
+    if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return "bf16-mixed" if fast else "32-true"
 
 
 def _fit(
-    config: TrainConfig, module: StageModule, datamodule: DataModule, trainer: pl.Trainer | None = None
+    config: TrainConfig, module: StageModule, datamodule: DataModule, begin: Begin, trainer: pl.Trainer | None = None
 ) -> pl.Trainer:
     """Fit a stage, from its checkpoint on where there is one of the same config; leave a checkpoint of the end."""
     trainer = trainer or _build_trainer(config, module)
@@ -279,27 +220,30 @@ def _fit(
     if any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
         module.to(memory_format=torch.channels_last)
     path = checkpoint_path(config, module.stage)
-    resume = _resume_from(config, module.stage)
-    if resume:
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    step = _resume_from(config, module.stage)
+    begin()
+    if step and trainer.is_global_zero:
         print(f"  going on from step {step} ({path})", flush=True)
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
-            logger.drop_from(module.stage, step if resume else 0)
-    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+            logger.drop_from(module.stage, step or 0)
+    try:
+        trainer.fit(module, datamodule, ckpt_path=None if step is None else str(path), weights_only=True)
+    except SystemExit as ended:  # Lightning's answer to SIGTERM and Ctrl-C, with codes that say "all is well"
+        if isinstance(ended, SIGTERMException):
+            raise SystemExit(143) from None
+        raise KeyboardInterrupt from None
     trainer.save_checkpoint(path)
     return trainer
 
 
-def checkpoint_path(config: TrainConfig, stage: str) -> Path:
+def checkpoint_path(config: TrainConfig, stage: Stage) -> Path:
     return Path(config.run_dir) / "checkpoints" / stage / "last.ckpt"
 
 
-def _identity(config: TrainConfig, stage: str) -> dict[str, Any]:
+def _identity(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     """Return what must be the same for a checkpoint to go on: a stage's inputs, less its length."""
-    inputs = stage_inputs(config, stage)  # type: ignore[arg-type]
+    inputs = stage_inputs(config, stage)
     return {key: value for key, value in _flat(inputs) if not key.endswith("max_steps")}
 
 
@@ -310,19 +254,25 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _resume_from(config: TrainConfig, stage: str) -> str | None:
+def _resume_from(config: TrainConfig, stage: Stage) -> int | None:
+    """Return the step of the checkpoint that a stage goes on from; None where it begins anew.
+
+    Raises:
+        UserError: the checkpoint cannot be read, is another config's, or is past the last step.
+    """
     path = checkpoint_path(config, stage)
     if config.resume == "never" or not path.exists():
         return None
-    found, wanted = read_identity(path), _identity(config, stage)
+    mend = "Give this run a name of its own (name=…), or start it anew over the old one (resume=never)"
+    header, wanted = read_header(path), _identity(config, stage)
+    found, step = header.identity, header.step
     changed = [key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)]
     if changed:
         told = "; ".join(f"{key}: {found.get(key)} then, {wanted.get(key)} now" for key in sorted(changed)[:5])
-        raise UserError(
-            f"{path} was trained with another config ({told}{'; …' if len(changed) > 5 else ''}). "
-            f"Give this run a name of its own (name=…), or start it anew over the old one (resume=never)"
-        )
-    return str(path)
+        raise UserError(f"{path} was trained with another config ({told}{'; …' if len(changed) > 5 else ''}). {mend}")
+    if step > (last := stage_steps(config, stage)):
+        raise UserError(f"{path} is at step {step}, past the {last} that this run asks for. {mend}")
+    return step
 
 
 def _validation_loss(trainer: pl.Trainer, module: StageModule) -> float | None:

@@ -1,12 +1,15 @@
-"""`metrics.csv`: one row a figure, appended as training goes, readable at any moment."""
+"""Where figures go: `metrics.csv`, readable at any moment, and Weights & Biases."""
 
 import csv
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from ldm.errors import UserError
 
 
 class MetricsCSV(Logger):
@@ -38,10 +41,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        fresh = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            if fresh:
+            if not file.tell():
                 writer.writerow(self.COLUMNS)
             now = round(time.time(), 1)
             for metric, value in metrics.items():
@@ -54,9 +56,34 @@ class MetricsCSV(Logger):
         if not self.path.exists():
             return
         with self.path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        kept = [row for row in rows if not row[0].startswith(f"{stage}/") or int(row[1]) < step]
+            rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS)]  # less: cut short by a crash
+        kept = [row for row in rows[1:] if not row[0].startswith(f"{stage}/") or int(row[1]) < step]
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *kept])
+            csv.writer(file).writerows([self.COLUMNS, *kept])
         temporary.replace(self.path)
+
+
+def wandb_logger(folder: str, offline: bool = False, **options: Any) -> WandbLogger:
+    """Log to Weights & Biases; a run directory is one run there, which all its stages and resumptions add to.
+
+    Args:
+        folder: the run directory. The run's id is drawn once and kept in it: names are shared by people and machines.
+        offline: log to disk only, for `wandb sync`.
+        options: of `wandb.init` (project, group, tags, ...).
+
+    Raises:
+        UserError: nobody is logged in, or the server cannot be reached.
+    """
+    import wandb
+
+    path = Path(folder) / "wandb-id.txt"
+    if getattr(rank_zero_only, "rank", 0) == 0 and not path.exists():
+        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+    run_id = path.read_text(encoding="utf-8").strip() if path.exists() else None
+    logger = WandbLogger(name=Path(folder).name, id=run_id, save_dir=folder, offline=offline, **options)
+    try:
+        logger.experiment  # noqa: B018 opens the run now, on the first rank, and not when the data are ready
+    except wandb.Error as error:
+        raise UserError(f"wandb: {error} Log in (wandb login), or log to disk (logger.wandb.offline=true)") from error
+    return logger

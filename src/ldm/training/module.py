@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.config import Optim
+from ldm.config import Optim, Stage
 from ldm.training.ema import EMA
 from ldm.training.optim import build_optimizer
 
@@ -40,7 +40,7 @@ class StageModule(pl.LightningModule):
         ema_decay: None for no average.
     """
 
-    stage: str
+    stage: Stage
 
     def __init__(
         self, network: nn.Module, optim: Optim, max_steps: int, seed: int, ema_decay: float | None = None
@@ -66,6 +66,10 @@ class StageModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:  # called once an optimizer step, whatever the accumulation
             self.ema.update(self.network)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout draws from the global state; seeded apart from the step's own generator, whose draws it would repeat.
+        torch.manual_seed(self.generator(batch_idx).initial_seed() ^ 1)
 
     def generator(self, batch_idx: int) -> torch.Generator:
         """Return the source of this training step's draws."""

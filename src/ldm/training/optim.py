@@ -1,6 +1,7 @@
 """Optimizers with parameter groups, and learning-rate schedules counted in optimizer steps."""
 
 import math
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -39,13 +40,12 @@ def build_optimizer(module: nn.Module, optim: Optim, max_steps: int) -> dict[str
     Raises:
         UserError: `optim._target_` cannot be imported or does not take these arguments.
     """
-    from hydra.utils import get_class
-
+    place, _, name = optim.target.rpartition(".")
     try:
-        optimizer_class = get_class(optim.target)
+        optimizer_class = getattr(import_module(place), name)
         groups = parameter_groups(module, optim.weight_decay)
         optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=optim.lr, **optim.arguments)
-    except (ImportError, ValueError, TypeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"optim._target_={optim.target} with arguments {optim.arguments}: {error}") from error
 
     def factor(step: int) -> float:

@@ -12,11 +12,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,14 @@ def run_from_hydra(composed: Any) -> float | None:
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
-    """Name a job's directory by what sets it apart: free of `=`, which `ckpt=` could not take.
+    """Name a job's directory by what sets it apart: free of `=`, which `ckpt=` could not take; long ones by a hash.
 
     >>> sweep_name(["experiment=shapes", "optim.lr=1e-3", "stages=[diffusion]"])
     'optim.lr-1e-3'
     """
     told = [item for item in overrides if item.partition("=")[0] not in ("experiment", "name", "output_dir", "stages")]
-    return re.sub(r"[^\w.,+-]+", "-", "_".join(told)).strip("-") or "job"
+    name = re.sub(r"[^\w.,+-]+", "-", "_".join(told)).strip("-") or "job"
+    return name if len(name.encode()) <= 200 else f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
@@ -63,30 +65,43 @@ def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
         UserError: bad data or weights; another run holds the directory; a stage that is left out has no result.
     """
     run_dir = Path(config.run_dir)
+    missing = [stage for stage in STAGES if stage in config.stages and not is_done(config, stage)]
+    if "diffusion" in missing:
+        needed: dict[Stage, Any] = {"autoencoder": config.vae, "clip": config.text_encoder}
+        for stage, part in needed.items():
+            if stage not in config.stages and not part.pretrained:
+                require_result(config, stage)
     with held(run_dir):
+        if missing:
+            from ldm.training.fit import check_at_the_door
+
+            check_at_the_door(config, missing)
         loss = None
         for stage in STAGES:
             loss = _run_stage(stage, config, run_dir, overrides, loss)
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()  # the next job of a sweep is a run of its own
     return loss
 
 
 def _run_stage(
     stage: Stage, config: TrainConfig, run_dir: Path, overrides: Sequence[str], loss: float | None
 ) -> float | None:
-    part = PARTS[stage]
     place = result_folder(config, stage)
     if stage in config.stages and not is_done(config, stage):
         from ldm.training import fit
 
-        _write_run_files(run_dir, config, overrides)
-        print(f"{stage:12} training, {stage_steps(config, stage)} steps", flush=True)
+        def begin() -> None:
+            _write_run_files(run_dir, config, overrides)
+            _say(f"{stage:12} training, {stage_steps(config, stage)} steps")
+
         started = time.monotonic()
-        loss = fit.FIT[stage](config, place)
-        print(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}", flush=True)
+        loss = fit.FIT[stage](config, place, begin)
+        _say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
     elif stage in config.stages:
-        print(f"{stage:12} up to date: {place}", flush=True)
+        _say(f"{stage:12} up to date: {place}")
     if stage != "diffusion" and is_done(config, stage) and _main_process():
-        _link_result(place, run_dir / "model", part)
+        _link_result(place, run_dir / "model", PARTS[stage])
     return loss
 
 
@@ -105,7 +120,8 @@ def stage_steps(config: TrainConfig, stage: Stage) -> int:
 def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     """Return all that decides a stage's result: data, networks, training, and the results it builds on.
 
-    How data are fed (workers, cache) and where it runs (devices, logging) are left out: they decide nothing.
+    How data are fed (workers, cache) and where it runs (devices, logging) are left out: they decide nothing. So is
+    the precision of the VAE and CLIP, which runs on different machines are to share.
     """
     values = config.model_dump(mode="json")
     data = {k: v for k, v in values["data"].items() if k not in ("batch_size", "num_workers", "cache")}
@@ -146,9 +162,9 @@ def is_done(config: TrainConfig, stage: Stage) -> bool:
     """Tell whether a stage's result exists for these inputs."""
     try:
         found = json.loads((result_folder(config, stage) / RESULT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
-    return bool(found.get("key") == stage_key(config, stage))
+    return isinstance(found, dict) and found.get("key") == stage_key(config, stage)
 
 
 def require_result(config: TrainConfig, stage: Stage) -> Path:
@@ -176,23 +192,30 @@ def record_result(config: TrainConfig, stage: Stage, folder: Path) -> None:
 
 def _link_result(result: Path, model: Path, part: str) -> None:
     """Copy a shared result into the run's model folder where it is not yet."""
-    from shutil import copytree, rmtree
-
     names = ["text_encoder", "tokenizer"] if part == "text_encoder" else [part]
     marker = model / f".{part}"
-    if marker.exists() and marker.read_text(encoding="utf-8") == result.name:
+    whole = all((model / name).is_dir() for name in names)
+    if whole and marker.exists() and marker.read_text(encoding="utf-8") == result.name:
         return
+    for file in ("model_index.json", RESULT):  # with another part than its U-Net was trained on it is no model
+        (model / file).unlink(missing_ok=True)
     for name in names:
         temporary = model / f".{name}.tmp"
-        rmtree(temporary, ignore_errors=True)
-        copytree(result / name, temporary)
-        rmtree(model / name, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(result / name, temporary)
+        shutil.rmtree(model / name, ignore_errors=True)
         temporary.rename(model / name)
     marker.write_text(result.name, encoding="utf-8")
 
 
 def _main_process() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    """Tell whether this is the first process of a run, by what Lightning, torchrun and Slurm tell the others."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _say(line: str) -> None:
+    if _main_process():
+        print(line, flush=True)
 
 
 def _write_run_files(run_dir: Path, config: TrainConfig, overrides: Sequence[str]) -> None:
@@ -219,12 +242,15 @@ def _write_run_files(run_dir: Path, config: TrainConfig, overrides: Sequence[str
 def held(run_dir: Path) -> Iterator[None]:
     """Hold a run directory against other runs for as long as this process lives.
 
+    A directory that was not there before and that a user error leaves without anything trained is removed again.
+
     Raises:
         UserError: another run holds it (says who), or it cannot be written.
     """
     if not _main_process():  # launched by the process that holds it
         yield
         return
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("a+", encoding="utf-8")
@@ -242,4 +268,12 @@ def held(run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
-        yield
+        try:
+            yield
+        except UserError:
+            if run_dir in made and not (run_dir / "checkpoints").exists():
+                shutil.rmtree(run_dir)
+                for folder in made[1:]:
+                    with suppress(OSError):  # something else lies in it by now
+                        folder.rmdir()
+            raise

@@ -134,7 +134,6 @@ def load_network(network: type[M], folder: Path, dtype: torch.dtype = torch.floa
     state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
     check_state(model.state_dict(), state, str(folder))
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    model.requires_grad_(True)  # assigned tensors come without
     return model.eval()
 
 
@@ -224,8 +223,11 @@ def save_network(model: UNet | AutoencoderKL | TextTower | CLIP, folder: Path) -
     config: dict[str, Any] = {"_class_name": class_name, **model.config}
     if library == "transformers":
         config = {"architectures": [class_name], "model_type": "clip", **model.config}
-        if isinstance(model, TextTower):  # the names that every release of transformers reads
-            config["model_type"] = "clip_text_model"
+        begin = {"bos_token_id": None}  # transformers' default lies outside of a small vocabulary, and it would say so
+        if isinstance(model, CLIP):
+            config["text_config"] = {**config["text_config"], **begin}
+        else:  # with the names that every release of transformers reads
+            config |= {"model_type": "clip_text_model", **begin}
             state = {f"text_model.{name}": tensor for name, tensor in state.items()}
     with written_atomically(folder) as temporary:
         save_json(temporary / "config.json", config)
@@ -283,9 +285,3 @@ def written_atomically(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a finished folder; the copy appears whole or not at all."""
-    with written_atomically(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)

@@ -1,0 +1,124 @@
+"""Build the networks that a config describes, or load them."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from ldm.conditioner import Conditioner, train_tokenizer
+from ldm.config import Stage, TrainConfig
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.nn.autoencoder import AutoencoderKL
+from ldm.nn.clip import CLIP, TextTower
+from ldm.nn.unet import UNet
+from ldm.training.stages import require_result
+from ldm.weights.folder import find_part, load_network, load_tokenizer
+
+
+def check_networks(config: TrainConfig, stages: Collection[Stage]) -> None:
+    """Build on the meta device what these stages will train: a fault shows now, not when the stage before is done.
+
+    Pretrained networks are no part of it: they are loaded first thing.
+
+    Raises:
+        UserError: options of a network, or two networks, do not fit together.
+    """
+    part, text = config.text_encoder, config.text_encoder.text
+    with torch.device("meta"):
+        vae = None if config.vae.pretrained else build_vae(config)
+        if "clip" in stages:
+            build_clip(config, train_tokenizer([], part.vocab_size or 49408, part.max_length or 77))
+        if "diffusion" in stages and vae and text and not config.unet.pretrained:
+            build_unet(config, vae, text.hidden_size)
+
+
+def build_vae(config: TrainConfig) -> AutoencoderKL:
+    """Build the VAE that a config describes, with fresh weights that are a function of the seed."""
+    options = config.vae.options()
+    num_levels = len(options.get("block_out_channels", [0]))
+    return _build(
+        AutoencoderKL,
+        "vae",
+        config.seed,
+        scaling_factor=1.0,
+        sample_size=config.data.resolution,
+        down_block_types=["DownEncoderBlock2D"] * num_levels,
+        up_block_types=["UpDecoderBlock2D"] * num_levels,
+        **options,
+    )
+
+
+def build_clip(config: TrainConfig, tokenizer: Any) -> CLIP:
+    """Build both towers of CLIP around a tokenizer."""
+    part = config.text_encoder
+    if part.text is None or part.vision is None:
+        raise UserError("stage 'clip' needs both towers: text_encoder.text and text_encoder.vision (text_encoder=tiny)")
+    text = {
+        **part.text.options(),
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**part.vision.options(), "image_size": config.data.resolution}
+    options = {} if part.projection_dim is None else {"projection_dim": part.projection_dim}
+    return _build(CLIP, "text_encoder", config.seed, text_config=text, vision_config=vision, **options)
+
+
+def build_unet(config: TrainConfig, vae: AutoencoderKL, width: int) -> UNet:
+    """Build the U-Net that fits a VAE and context of a width: fresh, or with pretrained weights."""
+    channels = vae.config["latent_channels"]
+    if config.unet.pretrained:
+        unet = load_network(UNet, find_part(config.unet.pretrained, "unet"))
+    else:
+        defaults = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
+        options = config.unet.options()
+        sample_size = config.data.resolution // vae.downscale_factor
+        unet = _build(UNet, "unet", config.seed, **{"sample_size": sample_size, **defaults, **options})
+    for name, value in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", width)):
+        if unet.config[name] != value:
+            raise UserError(
+                f"unet.{name}={unet.config[name]} does not fit: the VAE has {channels} latent channels, "
+                f"the text encoder is {width} wide"
+            )
+    factor = vae.downscale_factor * unet.downscale_factor
+    if config.data.resolution % factor:
+        raise UserError(f"data.resolution={config.data.resolution} must be a multiple of {factor}: the VAE and the "
+                        f"U-Net halve it {factor.bit_length() - 1} times")  # fmt: skip
+    return unet
+
+
+def build_schedule(config: TrainConfig) -> NoiseSchedule:
+    names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+    return NoiseSchedule(**{name: getattr(config.diffusion, name) for name in names})
+
+
+def load_frozen(config: TrainConfig) -> tuple[AutoencoderKL, Conditioner]:
+    """Load the VAE and the conditioner that the U-Net is trained over: pretrained, or earlier stages' results."""
+    vae_folder = (
+        find_part(config.vae.pretrained, "vae")
+        if config.vae.pretrained
+        else require_result(config, "autoencoder") / "vae"
+    )
+    if config.text_encoder.pretrained:
+        text_folder = find_part(config.text_encoder.pretrained, "text_encoder")
+        tokenizer_folder = find_part(config.text_encoder.pretrained, "tokenizer")
+    else:
+        result = require_result(config, "clip")
+        text_folder, tokenizer_folder = result / "text_encoder", result / "tokenizer"
+    vae = load_network(AutoencoderKL, vae_folder).requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
+    conditioner = Conditioner(load_tokenizer(tokenizer_folder), load_network(TextTower, text_folder))
+    return vae, conditioner.eval().requires_grad_(False)
+
+
+def _build(network: Any, group: str, seed: int, **options: Any) -> Any:
+    """Build a network whose fresh weights are a function of the seed alone, and say so if its options cannot be."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return network(**options)
+        except ValueError as error:
+            raise UserError(f"{group}: {error}") from error

@@ -1,0 +1,264 @@
+"""Every option of every group composes, passes the schema, and builds what it describes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import TINY, compose_values, run_script, tiny_config
+from torch import nn
+
+from ldm import cli
+from ldm.config import HubData, TrainConfig, check
+from ldm.errors import UserError
+from ldm.nn.autoencoder import AutoencoderKL
+from ldm.training import fit, networks
+from ldm.training.autoencoder import AutoencoderModule
+from ldm.training.optim import build_optimizer
+from ldm.weights import folder as weights
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (cli.CONF_DIR / group).glob("*.yaml"))
+
+
+# What an option cannot know by itself.
+NEEDS = {"data=hub": ["data.path=some/set"], "experiment=pictures": ["data.path=some/set"]}
+# A VAE or text encoder that is loaded is not trained.
+NEEDS |= {"vae=sd": ["stages=[clip,diffusion]"], "text_encoder=clip_l": ["stages=[autoencoder,diffusion]"]}
+EXPERIMENTS = options("experiment")
+CASES = [
+    f"{group}={option}"
+    for group in ("data", "vae", "text_encoder", "unet", "diffusion", "optim", "trainer", "logger", "callbacks")
+    for option in options(group)
+]
+
+
+def composed(*overrides: str) -> TrainConfig:
+    overrides = (*overrides, *(extra for override in overrides for extra in NEEDS.get(override, [])))
+    return check(TrainConfig, compose_values("train", overrides))
+
+
+def params(module: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def build_all(config: TrainConfig) -> dict[str, nn.Module]:
+    """Build every network of a config on the meta device; pretrained ones have the published sizes."""
+    built: dict[str, nn.Module] = {}
+    with torch.device("meta"):
+        if config.vae.pretrained:
+            vae = AutoencoderKL(
+                block_out_channels=[128, 256, 512, 512],
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4,
+                layers_per_block=2,
+            )
+        else:
+            vae = built["vae"] = networks.build_vae(config)
+        width = config.text_encoder.text.hidden_size if config.text_encoder.text else 768
+        built["unet"] = networks.build_unet(config, vae, config.unet.cross_attention_dim or width)
+    networks.check_networks(config, config.stages)
+    return built
+
+
+@pytest.mark.parametrize("debug", ["null", *options("debug")])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment(experiment, debug):
+    config = composed(f"experiment={experiment}", f"debug={debug}")
+    assert config.name == ("debug" if debug != "null" else experiment)
+    assert Path(config.run_dir) == Path(config.output_dir) / config.name
+    if debug == "fast":
+        assert config.trainer.max_steps == config.autoencoder.max_steps == config.clip.max_steps == 3
+    if debug == "overfit":
+        assert config.trainer.overfit_batches == 1
+    build_all(config)
+    for optim in (config.optim, config.autoencoder.optim, config.clip.optim):
+        build_optimizer(nn.Linear(2, 2), optim, 10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_option_composes_and_passes_the_schema(case):
+    # Sizes that every network can halve; widths of heads and groups are the options' own.
+    config = composed(case, "data.resolution=64")
+    if not case.startswith("unet=sd"):
+        build_all(config)
+
+
+def test_the_built_in_experiment_is_the_default_world():
+    shapes = composed("experiment=shapes")
+    assert shapes.data.kind == "shapes" and shapes.stages == ["autoencoder", "clip", "diffusion"]
+    assert shapes.data.resolution >= 32
+
+
+def test_pokemon_is_what_it_says():
+    config = composed("experiment=pokemon")
+    assert isinstance(config.data, HubData) and config.data.path == "reach-vb/pokemon-blip-captions"
+    assert config.data.resolution == 512 and config.stages == ["diffusion"]
+    assert config.vae.pretrained and config.text_encoder.pretrained and not config.unet.pretrained
+
+
+@pytest.mark.parametrize(("unet", "width", "millions"), [("sd15", 768, 859.5), ("sd21", 1024, 865.9)])
+def test_the_published_unets_have_their_published_size(unet, width, millions):
+    config = composed("experiment=pokemon", f"unet={unet}")
+    assert params(build_all(config)["unet"]) == pytest.approx(millions, abs=0.1)
+    assert config.unet.cross_attention_dim == width
+
+
+def test_the_published_vae_has_its_published_size():
+    config = composed("vae=kl_f8", "data.resolution=64")
+    assert params(build_all(config)["vae"]) == pytest.approx(83.65, abs=0.1)
+
+
+def test_unets_grow_from_tiny_to_base():
+    sizes = [
+        params(build_all(composed(f"unet={unet}", "data.resolution=256"))["unet"]) for unet in ("tiny", "small", "base")
+    ]
+    assert 0 < sizes[0] < sizes[1] / 3 < sizes[2] / 9
+
+
+@pytest.mark.parametrize("trainer", options("trainer"))
+@pytest.mark.parametrize("logger", options("logger"))
+def test_trainers_loggers_and_callbacks_are_built(trainer, logger, tmp_path):
+    (tmp_path / "shapes").mkdir()
+    overrides = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=1", f"logger={logger}"]
+    if logger == "wandb":
+        overrides += ["logger.wandb.offline=true", "logger.wandb.mode=disabled"]
+        overrides[-1] = "+" + overrides[-1]
+    config = tiny_config(tmp_path, *overrides)
+    module = AutoencoderModule(networks.build_vae(config), config.autoencoder, config.seed)
+    built = fit._build_trainer(config, module)
+    assert {type(each).__name__ for each in built.loggers} >= {"MetricsCSV", "TensorBoardLogger"}
+    assert ("WandbLogger" in {type(each).__name__ for each in built.loggers}) == (logger == "wandb")
+    names = [type(each).__name__ for each in built.callbacks]
+    assert names.count("Progress") == names.count("SampleGrid") == names.count("ModelCheckpoint") == 1
+    assert built.max_steps == config.autoencoder.max_steps
+    assert type(built.strategy).__name__ == ("DDPStrategy" if trainer == "ddp" else "SingleDeviceStrategy")
+
+
+def test_every_file_stands_in_a_group_that_train_knows():
+    groups = {folder.name for folder in cli.CONF_DIR.iterdir() if folder.is_dir()}
+    assert groups == {case.split("=")[0] for case in CASES} | {"experiment", "debug"}
+
+
+# --------------------------------------------------------------------------------- pretrained parts, in true format
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> dict[str, Path]:
+    """Tiny random models, written by the libraries whose format it is, under the hub ids that the configs name."""
+    from diffusers import AutoencoderKL as TheirVAE
+    from transformers import CLIPConfig, CLIPModel
+
+    from ldm.conditioner import train_tokenizer
+
+    root = tmp_path_factory.mktemp("hub")
+    tokenizer = train_tokenizer(["a red circle", "a blue square"], 600, 16)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**text, "image_size": 16, "patch_size": 8}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = TheirVAE(
+            block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, sample_size=16,
+            up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, latent_channels=4, scaling_factor=0.18215,
+        )  # fmt: skip
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    vae.save_pretrained(root / "vae")
+    clip.save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+    return {"stabilityai/sd-vae-ft-mse": root / "vae", "openai/clip-vit-large-patch14": root / "clip"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of captioned pictures as people have them: PNGs and a metadata.csv."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    lines = ["file_name,text"]
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(root / f"{i:02d}.png")
+        lines.append(f'{i:02d}.png,"a picture, number {i}"')
+    (root / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+SMALL = [
+    "data.resolution=16", "data.num_val=2", "data.batch_size=4", "data.num_workers=0", "unet=tiny",
+    *(item for item in TINY if "unet." in item),
+    "trainer=cpu", "trainer.max_steps=2", "trainer.val_every=2", "trainer.val_batches=1", "sampling.steps=2",
+    "callbacks.samples.every=100", "callbacks.samples.num_images=2", "optim.warmup_steps=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def no_network(monkeypatch, hub):
+    monkeypatch.setattr(weights, "_download", lambda repo_id, part: hub[repo_id])
+
+
+def test_pokemon_trains_over_pretrained_parts(no_network, pictures, tmp_path, capsys):
+    arguments = ["experiment=pokemon", f"output_dir={tmp_path}", f"data.path={pictures}", *SMALL]
+    assert run_script("train", *arguments) == 0
+    model = tmp_path / "pokemon" / "model"
+    assert {path.name for path in model.iterdir() if path.is_dir()} == {
+        "unet", "vae", "text_encoder", "tokenizer", "scheduler"
+    }  # fmt: skip
+    assert json.loads((model / "vae" / "config.json").read_text())["scaling_factor"] == 0.18215
+    assert not (tmp_path / "stages").exists()
+    capsys.readouterr()
+    assert run_script("train", *arguments) == 0
+    assert capsys.readouterr().out == f"diffusion    up to date: {model}\n"
+    assert run_script("sample", f"ckpt={tmp_path / 'pokemon'}", "prompt=a fox", f"out={tmp_path / 'out'}") == 0
+
+    # A model that was trained on other pictures than the built-in ones has no prompt accuracy.
+    assert run_script("evaluate", f"ckpt={tmp_path / 'pokemon'}") == 2
+    err = capsys.readouterr().err
+    assert "prompt_accuracy reads pictures of the built-in shapes" in err and "data=hub" in err
+    assert not list((tmp_path / "pokemon").glob("evaluation*"))
+
+
+def test_a_unet_goes_on_from_a_pretrained_one(no_network, pictures, tmp_path):
+    arguments = ["experiment=pokemon", f"output_dir={tmp_path}", f"data.path={pictures}", *SMALL]
+    assert run_script("train", *arguments) == 0
+    again = ["experiment=pokemon", f"output_dir={tmp_path}", f"data.path={pictures}"]
+    again += [item for item in SMALL if "unet." not in item] + ["name=finetuned", "trainer.max_steps=1"]
+    assert run_script("train", *again, f"+unet.pretrained={tmp_path / 'pokemon'}", "optim.lr=1e-9") == 0
+    first, second = (weights.load_weights(tmp_path / name / "model" / "unet") for name in ("pokemon", "finetuned"))
+    assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+
+
+def test_a_unet_that_does_not_fit_the_loaded_parts(no_network, pictures, tmp_path, capsys):
+    arguments = ["experiment=pokemon", f"output_dir={tmp_path}/out", f"data.path={pictures}", *SMALL]
+    assert run_script("train", *arguments, "+unet.cross_attention_dim=17") == 2
+    err = capsys.readouterr().err
+    assert "unet.cross_attention_dim=17" in err and "16 wide" in err
+    assert run_script("train", *arguments, "data.resolution=18") == 2
+    assert "data.resolution=18 must be a multiple of 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch, pictures, tmp_path, capsys):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host\nand more")
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    arguments = ["experiment=pokemon", f"output_dir={tmp_path}/out", f"data.path={pictures}", *SMALL]
+    assert run_script("train", *arguments) == 2
+    err = capsys.readouterr().err
+    assert "stabilityai/sd-vae-ft-mse" in err and "vae.pretrained=./folder" in err and "no route to host" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_stages_before_a_pretrained_third_are_checked_first(tmp_path):
+    config = tiny_config(tmp_path, "unet.attention_head_dim=3")
+    with pytest.raises(UserError, match="unet: .*3 heads"):
+        networks.check_networks(config, config.stages)
+    networks.check_networks(config, ["autoencoder", "clip"])
+    config = tiny_config(tmp_path, "text_encoder.vision.num_attention_heads=3")
+    with pytest.raises(UserError, match="text_encoder: "):
+        networks.check_networks(config, ["autoencoder", "clip"])
+    networks.check_networks(config, ["autoencoder"])

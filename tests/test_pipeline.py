@@ -1,0 +1,389 @@
+"""Whole pictures beside diffusers' pipeline, and what a picture may and may not depend on."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+import tiny
+from ldm import LatentDiffusionPipeline
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import UserError
+from ldm.pipeline import find_device
+from ldm.weights.folder import load_json, save_network
+
+PROMPT, OTHER = "a large red circle", "a small green star"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return tiny.write_model_folder(tmp_path_factory.mktemp("pipeline") / "model")
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_folder):
+    return LatentDiffusionPipeline.from_pretrained(str(model_folder), device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder to spoil."""
+    return tiny.write_model_folder(tmp_path / "model")
+
+
+def edit_scheduler(folder, remove=(), **options) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = {name: value for name, value in {**load_json(path), **options}.items() if name not in remove}
+    path.write_text(json.dumps(config))
+
+
+def draw(pipeline, prompts=(PROMPT,), seeds=(3,), *args, **options) -> torch.Tensor:
+    return torch.stack(list(pipeline.generate(list(prompts), list(seeds), *args, **options)))
+
+
+def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of images in [-1, 1], dB."""
+    return float(10 * torch.log10(4 / (one - other).square().mean()))
+
+
+# -------------------------------------------------------------------------------------------------- beside diffusers
+
+# What Stable Diffusion 1.5 ships: timesteps from 1 up, and the last step goes to the first timestep's noise, not to 0.
+SD15 = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+GRIDS = {"ours": {}, "sd15": SD15, "sd15 to zero": {**SD15, "set_alpha_to_one": True}}
+OPTIONS = {
+    "no guidance": {"guidance_scale": 1.0},
+    "guidance 3": {"guidance_scale": 3.0},
+    "guidance 7.5": {"guidance_scale": 7.5},
+    "5 steps": {"steps": 5},
+    "20 steps": {"steps": 20},
+    "1 step": {"steps": 1},
+    "negative prompt": {"negative_prompt": "blue, small"},
+    "wide": {"height": 16, "width": 40},
+    "tall": {"height": 32, "width": 24},
+    "long prompt": {"prompt": "a red circle " * 12},
+    "no prompt": {"prompt": ""},
+    "any text": {"prompt": "ein großes Pokémon, 日本 🙂"},
+    "greatest seed": {"seed": 2**64 - 1},
+}
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction", "sample"])
+def prediction_type(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=GRIDS)
+def both(request, prediction_type, tmp_path_factory):
+    folder = tiny.write_model_folder(tmp_path_factory.mktemp("both") / "model", prediction_type)
+    edit_scheduler(folder, **GRIDS[request.param])
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    assert isinstance(theirs.scheduler, DDIMScheduler)
+    return LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu"), theirs
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_same_picture_as_diffusers(both, name):
+    ours, theirs = both
+    options = {"steps": 10, "height": 16, "width": 16, "guidance_scale": 3.0, "seed": 3, "prompt": PROMPT}
+    options |= {"negative_prompt": "", **OPTIONS[name]}
+    prompt, seed, steps = options.pop("prompt"), options.pop("seed"), options.pop("steps")
+    found = draw(ours, [prompt], [seed], sampler="ddim", steps=steps, **options)
+    generator = torch.Generator().manual_seed(seed)
+    theirs_np = theirs(prompt, num_inference_steps=steps, generator=generator, output_type="np", **options).images
+    expected = torch.from_numpy(theirs_np).permute(0, 3, 1, 2) * 2 - 1
+    assert found.shape == expected.shape == (1, 3, options["height"], options["width"])
+    assert expected.std() > 0.2 and (expected.abs() == 1).float().mean() < 0.5  # something to be compared
+    assert psnr(found, expected) > 90
+
+
+def test_the_scheduler_file_of_stable_diffusion_1_5(folder):
+    """The published file, word for word; diffusers is told to sample with DDIM."""
+    published = {
+        "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+        "clip_sample": False,
+    }  # fmt: skip
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(published))
+    index = load_json(folder / "model_index.json")
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    expected = theirs(PROMPT, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="np").images
+    found = draw(LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu"), steps=20)
+    assert psnr(found, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1) > 90
+
+
+def test_a_batch_is_that_of_diffusers_with_a_generator_for_each_picture(model_folder, pipeline):
+    theirs = StableDiffusionPipeline.from_pretrained(model_folder)
+    theirs.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    prompts = [PROMPT, OTHER, ""]
+    expected = theirs(prompts, num_inference_steps=5, guidance_scale=3.0, generator=generators).images
+    for ours, other in zip(pipeline(prompts, seed=5), expected, strict=True):
+        assert ours.size == other.size == (16, 16)
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(other)).max() <= 1
+
+
+def test_diffusers_pipeline_says_nothing_of_our_folder(model_folder, caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = StableDiffusionPipeline.from_pretrained(model_folder)
+    assert theirs.safety_checker is None and not caplog.records
+    assert (theirs.unet.config.sample_size, theirs.vae_scale_factor) == (8, 2)
+
+
+# ----------------------------------------------------------------------------------- what a picture is a function of
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_picture_is_the_same_in_every_batch(pipeline, sampler, guidance_scale):
+    options = {"sampler": sampler, "guidance_scale": guidance_scale, "steps": 5}
+    prompts, seeds = [PROMPT, OTHER, PROMPT, "", OTHER], [0, 1, 2, 0, 0]
+    whole = draw(pipeline, prompts, seeds, **options)
+    for batch_size in (1, 2, 3):
+        assert psnr(draw(pipeline, prompts, seeds, batch_size=batch_size, **options), whole) > 90
+    alone = draw(pipeline, [OTHER], [1], **options)
+    assert psnr(alone, whole[1:2]) > 90
+    backwards = draw(pipeline, prompts[::-1], seeds[::-1], **options).flip(0)
+    assert psnr(backwards, whole) > 90
+
+
+def test_every_argument_changes_the_picture(pipeline):
+    options = {"steps": 5, "guidance_scale": 3.0, "sampler": "ddim"}
+    base = draw(pipeline, **options)
+    assert torch.equal(draw(pipeline, **options), base)
+    others = {
+        "prompt": draw(pipeline, [OTHER], **options),
+        "seed": draw(pipeline, seeds=[4], **options),
+        "negative prompt": draw(pipeline, [PROMPT], [3], OTHER, **options),
+        "steps": draw(pipeline, **{**options, "steps": 6}),
+        "guidance": draw(pipeline, **{**options, "guidance_scale": 7.5}),
+        "no guidance": draw(pipeline, **{**options, "guidance_scale": 1.0}),
+        "sampler": draw(pipeline, **{**options, "sampler": "ddpm"}),
+    }
+    alike = {what: psnr(picture, base) for what, picture in others.items() if psnr(picture, base) > 60}
+    assert not alike
+
+
+def test_the_negative_prompt_does_nothing_without_guidance(pipeline):
+    one, other = (draw(pipeline, [PROMPT], [3], negative, guidance_scale=1.0) for negative in ("", OTHER))
+    assert torch.equal(one, other)
+
+
+def test_zero_guidance_does_not_listen_to_the_prompt(pipeline):
+    one, other = (draw(pipeline, [prompt], guidance_scale=0.0) for prompt in (PROMPT, OTHER))
+    assert psnr(one, other) > 90
+    assert psnr(one, draw(pipeline, [""], guidance_scale=1.0)) > 90
+
+
+def test_sampling_leaves_the_global_random_state_alone(pipeline):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one = draw(pipeline, sampler="ddpm")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(draw(pipeline, sampler="ddpm"), one)
+
+
+def test_ddpm_draws_noise_anew_at_each_step_of_each_picture(pipeline):
+    """With one seed twice in a batch the two are the same picture; with two seeds they are not."""
+    same = draw(pipeline, [PROMPT] * 2, [5, 5], sampler="ddpm")
+    other = draw(pipeline, [PROMPT] * 2, [5, 6], sampler="ddpm")
+    assert psnr(same[0], same[1]) > 90 and psnr(other[0], other[1]) < 40
+    assert psnr(other[0], same[0]) > 90
+
+
+def test_defaults_are_those_of_the_model_folder(pipeline):
+    assert pipeline.settings == {"sampler": "ddim", "steps": 5, "guidance_scale": 3.0}
+    assert pipeline.default_size == 16
+    explicit = draw(pipeline, sampler="ddim", steps=5, guidance_scale=3.0, height=16, width=16)
+    assert torch.equal(draw(pipeline), explicit)
+
+
+def test_a_folder_of_another_tool_has_defaults_too(folder):
+    (folder / "ldm.json").unlink()
+    pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu")
+    assert pipeline.settings == {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}
+
+
+@pytest.mark.parametrize(("sample_size", "side"), [(8, 16), ([8, 8], 16), ([8, 12], 24), (None, 128)])
+def test_the_size_of_training_is_the_default(tmp_path, sample_size, side):
+    folder = tiny.write_model_folder(tmp_path, sample_size=sample_size)
+    assert LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu").default_size == side
+
+
+# --------------------------------------------------------------------------------------------------------- handing out
+
+
+def test_pictures_come_in_order_as_soon_as_their_batch_is_done(pipeline, monkeypatch):
+    decoded = []
+    image = pipeline.vae.image
+    monkeypatch.setattr(pipeline.vae, "image", lambda latents: (decoded.append(len(latents)), image(latents))[1])
+    pictures = pipeline.generate([PROMPT] * 5, range(5), batch_size=2)
+    assert decoded == []
+    first = next(pictures)
+    assert decoded == [2]
+    next(pictures), next(pictures)
+    assert decoded == [2, 2]
+    assert len(list(pictures)) == 2 and decoded == [2, 2, 1]
+    assert psnr(first, draw(pipeline, [PROMPT], [0])[0]) > 90
+
+
+def test_inference_mode_does_not_leak_to_who_takes_the_pictures(pipeline):
+    pictures = pipeline.generate([PROMPT] * 3, range(3), batch_size=2)
+    for _ in range(3):
+        next(pictures)
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        weight = torch.ones(2, requires_grad=True)
+        (weight * 2).sum().backward()
+    assert weight.grad is not None
+
+
+def test_pictures_are_in_range_and_on_the_cpu_in_float32(pipeline):
+    pictures = draw(pipeline, [PROMPT] * 2, [0, 1])
+    assert pictures.dtype == torch.float32 and pictures.device.type == "cpu"
+    assert pictures.min() >= -1 and pictures.max() <= 1 and pictures.isfinite().all()
+
+
+def test_calling_gives_pillow_pictures_with_seeds_counted_up(pipeline):
+    one, two = pipeline([PROMPT, OTHER], seed=7, steps=2)
+    assert isinstance(one, Image.Image) and one.size == (16, 16)
+    (alone,) = pipeline(OTHER, seed=8, steps=2)
+    assert np.abs(np.asarray(alone).astype(int) - np.asarray(two)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_draws_about_the_same(model_folder, pipeline, dtype):
+    half = LatentDiffusionPipeline.from_pretrained(str(model_folder), dtype, "cpu")
+    found = draw(half, [PROMPT, OTHER], [3, 4])
+    assert {p.dtype for p in half.unet.parameters()} == {torch.bfloat16 if dtype == "bf16" else torch.float16}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert psnr(found, draw(pipeline, [PROMPT, OTHER], [3, 4])) > 25
+
+
+def test_weights_stored_in_half_precision_still_draw(folder, pipeline):
+    save_network(tiny.vae().half(), folder / "vae")
+    save_network(tiny.unet().half(), folder / "unet")
+    found = draw(LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu"))
+    assert psnr(found, draw(pipeline)) > 35
+
+
+def test_nothing_is_left_to_be_trained(pipeline):
+    for module in (pipeline.unet, pipeline.vae, pipeline.conditioner):
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def test_a_run_directory_is_opened_as_well(tmp_path, pipeline):
+    tiny.write_model_folder(tmp_path / "model")
+    assert torch.equal(draw(LatentDiffusionPipeline.from_pretrained(str(tmp_path), device="cpu")), draw(pipeline))
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "dimm"}, "sampler=dimm is unknown; there are: ddim, ddpm"),
+        ({"height": 18}, "height=18 width=16: this model draws sizes divisible by 4"),
+        ({"width": 30}, "height=16 width=30: this model draws sizes divisible by 4"),
+        ({"height": -4}, "sizes divisible by 4"),
+        ({"steps": 1001}, "steps=1001: this model takes 1 to 1000 steps"),
+        ({"steps": 0}, "steps=0: this model takes 1 to 1000 steps"),
+        ({"steps": -3}, "steps=-3"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_drawn(pipeline, options, message):
+    with pytest.raises(UserError, match=message):
+        next(pipeline.generate([PROMPT], [0], **options))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_out_of_range_are_refused(pipeline, seed):
+    with pytest.raises(UserError, match=f"seed={seed}: seeds are whole numbers from 0"):
+        next(pipeline.generate([PROMPT, PROMPT], [0, seed]))
+
+
+def test_as_many_steps_as_training_has(pipeline):
+    assert draw(pipeline, steps=1000, guidance_scale=1.0, height=4, width=4).isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "banana", "", "mps:7", "xla", "hpu", "vulkan"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(UserError, match=rf"device={device} is not available: "):
+        find_device(device)
+
+
+def test_devices_that_are_there():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda", "mps")
+
+
+def refusal(folder) -> str:
+    with pytest.raises(UserError) as caught:
+        LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction_type": "flow"}, "flow"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing='karras' is not supported"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"beta_start": "low"}, "not supported between"),
+        ({"num_train_timesteps": None}, "NoneType"),
+        ({"steps_offset": -1}, "steps_offset=-1"),
+        ({"steps_offset": None}, "steps_offset=None"),
+        ({"remove": ["beta_start"]}, "lacks beta_start"),
+    ],
+)
+def test_schedulers_of_another_kind(folder, options, message):
+    edit_scheduler(folder, **options)
+    told = refusal(folder)
+    assert "scheduler/scheduler_config.json" in told and message in told
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_a_missing_part_is_named(folder, part):
+    (folder / part).rename(folder / "elsewhere")
+    assert f"/{part}" in refusal(folder)
+
+
+def test_parts_that_do_not_fit_each_other(folder):
+    save_network(tiny.unet(cross_attention_dim=24), folder / "unet")
+    assert "the U-Net listens to context of width 24, the text encoder gives 16" in refusal(folder)
+    save_network(tiny.unet(in_channels=9), folder / "unet")
+    assert "the U-Net has in_channels=9, the VAE 4 latent channels" in refusal(folder)
+    save_network(tiny.unet(out_channels=8), folder / "unet")
+    assert "the U-Net has out_channels=8, the VAE 4 latent channels" in refusal(folder)
+    save_network(tiny.unet(), folder / "unet")
+    save_network(tiny.text_tower(vocab_size=100, eos_token_id=99), folder / "text_encoder")
+    assert "tokens, the text encoder embeds 100" in refusal(folder)
+
+
+def test_ckpt_of_another_kind(folder):
+    assert "is a single network, not a whole model" in refusal(folder / "unet")
+    assert "there is no such folder" in refusal(folder / "nothing")
