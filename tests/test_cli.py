@@ -6,12 +6,12 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runs import compose_values, run_script
 
 from ldm import cli
 from ldm.cli import FREE_TEXT_KEYS, nearest, quote_free_text
 from ldm.config import SCHEMAS, known_keys
 from ldm.errors import UserError
+from runs import compose_values, run_script
 
 # What means something to a shell, to Hydra or to OmegaConf, letters of all sorts, and whole traps.
 NASTY = st.text(st.sampled_from(list("ab ,=:'\"()[]{}<>&|#!?*~@$%^\\/.-+;\t\n\r_0é中🙂\u200b")), max_size=20)

@@ -4,19 +4,19 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from runs import TINY, compose_values, tiny_config
 
 from ldm.config import (
     SCHEMAS,
     EvaluateConfig,
-    Sampler,
     SampleConfig,
+    Sampler,
     TrainConfig,
     check,
     known_keys,
     load_run_config,
 )
 from ldm.errors import UserError
+from runs import TINY, compose_values, tiny_config
 
 
 @pytest.fixture(scope="module")

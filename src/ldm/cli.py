@@ -126,6 +126,11 @@ def _help(doc: str, config_name: str, config_dir: Path) -> str:
 
 def _explain(error: BaseException | None, config_name: str, config_dir: Path) -> str:
     """Say in one message what Hydra and OmegaConf spread over several exceptions."""
+    from hydra.errors import OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        reason = str(error).strip().split("\nSee ")[0].removeprefix(f"Error parsing override '{error.override}'\n")
+        return f"cannot read '{error.override}' as KEY=VALUE: {reason}"
     chain = []
     while error is not None:
         chain.append(str(error).strip() or type(error).__name__)

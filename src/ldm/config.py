@@ -247,6 +247,8 @@ class TrainConfig(Section):
             raise ValueError(f"name={self.name!r} must be one folder name; output_dir= says where it lies")
         if self.name in ("stages", "cache"):
             raise ValueError(f"name={self.name!r} is where runs keep what they share: take another name")
+        if self.trainer.accelerator == "cpu" and self.autoencoder.precision == "16-mixed":
+            raise ValueError("fp16 does not train on a CPU: use autoencoder.precision=32-true or bf16-mixed")
         if self.sampling.steps > self.diffusion.num_train_timesteps:
             raise ValueError(
                 f"sampling.steps={self.sampling.steps} is more than "
@@ -313,6 +315,9 @@ class SampleConfig(Section):
     def _one_source(self) -> Self:
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give either prompt='what to draw' or prompt_file=prompts.txt (one prompt a line)")
+        for text in (self.prompt or "", self.negative_prompt):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"the prompt {text!r} is not valid UTF-8")  # how Python passes stray bytes on
         return self
 
 

@@ -178,7 +178,7 @@ def test_wrong_inputs_are_refused():
             clip.text_model(ids(), skip_last=skip_last)
 
 
-def test_initial_weights_have_the_scales_of_the_paper():
+def test_initial_weights_have_the_scales_of_the_paper_but_for_embeddings():
     torch.manual_seed(0)
     clip = CLIP(text_config={**TEXT, "hidden_size": 128, "intermediate_size": 512}, vision_config=VISION)
     layer = clip.text_model.encoder.layers[0]
@@ -187,8 +187,8 @@ def test_initial_weights_have_the_scales_of_the_paper():
         (layer.self_attn.out_proj.weight, 128**-0.5 * 6**-0.5),
         (layer.mlp.fc1.weight, 256**-0.5),
         (layer.mlp.fc2.weight, 128**-0.5 * 6**-0.5),
-        (clip.text_model.embeddings.token_embedding.weight, 0.02),
-        (clip.text_model.embeddings.position_embedding.weight, 0.01),
+        (clip.text_model.embeddings.token_embedding.weight, 1.0),
+        (clip.text_model.embeddings.position_embedding.weight, 0.5),
         (clip.text_projection.weight, 128**-0.5),
         (clip.visual_projection.weight, 24**-0.5),
     ):

@@ -48,7 +48,7 @@ class AutoencoderModule(StageModule):
 
     def losses(self, vae: Any, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Return every term and their weighted sum `loss`; `image` is (B, 3, H, W) in [-1, 1]."""
-        posterior = DiagonalGaussian(vae.encode(image))
+        posterior = DiagonalGaussian(vae.encode(image).float())  # a sum over all latents needs more than bf16
         noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device)
         reconstruction = vae.decode(posterior.sample(noise))
         l1, l2 = F.l1_loss(reconstruction, image), F.mse_loss(reconstruction, image)

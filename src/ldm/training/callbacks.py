@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -43,7 +44,7 @@ class Progress(ProgressBar):
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
             )
-            self._bar = RichProgress(*columns)
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(
                 pl_module.stage, total=trainer.max_steps, completed=trainer.global_step, note=""
@@ -95,6 +96,9 @@ class SampleGrid(pl.Callback):
     def __init__(self, every: int, num_images: int) -> None:
         self.every, self.num_images = every, num_images
         self._last_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._last_step = trainer.global_step  # a step may be several batches: nothing has changed before its last
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every == 0 and trainer.global_step != self._last_step:

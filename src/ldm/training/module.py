@@ -67,6 +67,14 @@ class StageModule(pl.LightningModule):
         if self.ema is not None:  # called once an optimizer step, whatever the accumulation
             self.ema.update(self.network)
 
+    def on_train_start(self) -> None:
+        # The checkpoint of a shorter run brings the rate that its own schedule ended with: set this run's.
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, (base, factor) in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * factor(scheduler.last_epoch)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout draws from the global state; seeded apart from the step's own generator, whose draws it would repeat.
         torch.manual_seed(self.generator(batch_idx).initial_seed() ^ 1)

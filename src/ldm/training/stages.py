@@ -22,7 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm.config import STAGES, Stage, TrainConfig, check
+from ldm.config import STAGES, ShapesData, Stage, TrainConfig, check
+from ldm.data.shapes import VERSION as SHAPES_VERSION
 from ldm.errors import UserError
 
 RESULT = "stage.json"  # beside a stage's result: the config that it was trained with
@@ -32,7 +33,7 @@ def run_from_hydra(composed: Any) -> float | None:
     """Check a composed config and run it; jobs of a sweep each get a directory named by their overrides.
 
     Returns:
-        The last stage's validation loss, for Hydra's sweepers; None where nothing was left to train.
+        The last validation loss of the last stage trained, for Hydra's sweepers; None where no validation was due.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -121,10 +122,12 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     """Return all that decides a stage's result: data, networks, training, and the results it builds on.
 
     How data are fed (workers, cache) and where it runs (devices, logging) are left out: they decide nothing. So is
-    the precision of the VAE and CLIP, which runs on different machines are to share.
+    `trainer.precision` for the VAE and CLIP, which runs on different machines are to share.
     """
     values = config.model_dump(mode="json")
     data = {k: v for k, v in values["data"].items() if k not in ("batch_size", "num_workers", "cache")}
+    if isinstance(config.data, ShapesData):
+        data["version"] = SHAPES_VERSION  # of the drawing code, which decides the pictures as well
     trainer = values["trainer"]
     common = {"data": data, "seed": config.seed, "overfit_batches": trainer["overfit_batches"]}
     if stage == "autoencoder":
@@ -194,11 +197,12 @@ def _link_result(result: Path, model: Path, part: str) -> None:
     """Copy a shared result into the run's model folder where it is not yet."""
     names = ["text_encoder", "tokenizer"] if part == "text_encoder" else [part]
     marker = model / f".{part}"
-    whole = all((model / name).is_dir() for name in names)
-    if whole and marker.exists() and marker.read_text(encoding="utf-8") == result.name:
+    linked = marker.read_text(encoding="utf-8") if marker.exists() else None
+    if linked == result.name and all((model / name).is_dir() for name in names):
         return
-    for file in ("model_index.json", RESULT):  # with another part than its U-Net was trained on it is no model
-        (model / file).unlink(missing_ok=True)
+    if linked != result.name:  # with another part than its U-Net was trained over it is a model no longer
+        for file in ("model_index.json", RESULT):
+            (model / file).unlink(missing_ok=True)
     for name in names:
         temporary = model / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -250,8 +254,8 @@ def held(run_dir: Path) -> Iterator[None]:
     if not _main_process():  # launched by the process that holds it
         yield
         return
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
+        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
