@@ -70,6 +70,8 @@ def test_accumulation_counts_optimizer_steps_and_is_the_u_nets_own(accumulate, t
     assert len(by_stage["diffusion"]) == 4 * accumulate
     assert [row["step"] for row in by_stage["diffusion"]] == [(i + 1) // accumulate for i in range(4 * accumulate)]
     assert [row["updates"] for row in by_stage["diffusion"]] == [row["step"] for row in by_stage["diffusion"]]
+    lines = [line.split(",") for line in (Path(config.run_dir) / "metrics.csv").read_text().splitlines()]
+    assert len([line for line in lines if line[0] == "diffusion/val_loss"]) == 2  # every two optimizer steps
     assert [row["step"] for row in by_stage["autoencoder"]] == [1, 2, 3]
     assert {row["accumulate"] for row in by_stage["autoencoder"]} == {1}
 

@@ -96,7 +96,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stage, variant, whole
         assert_equal(ours[part], theirs[part], part)
     folder = {"autoencoder": "vae", "clip": "text_encoder", "diffusion": "unet"}[stage]
     assert_equal(*(load_weights(Path(each.run_dir) / "model" / folder) for each in (config, reference)))
-    assert len(rows(config, stage)) > 3 and rows(config, stage) == rows(reference, stage)
+    assert len(rows(config, stage)) >= 3 and rows(config, stage) == rows(reference, stage)
 
 
 def test_a_crash_in_validation_just_after_a_checkpoint(whole, shared):

@@ -36,11 +36,11 @@ PALETTE = {
 }
 COLORS = tuple(PALETTE)
 # All shapes of one size have one area, that of a circle with this radius: size and shape are told apart.
-RADII = {"small": 0.165, "large": 0.25}
+RADII = {"small": 0.19, "large": 0.28}
 SIZES = tuple(RADII)
 # Direction from the picture's centre to the centre of the shape's bounding box.
 POSITIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
-OFFSET = {1: 0.19, 2: 0.26}  # how far in that direction, by number of objects
+OFFSET = {1: 0.18, 2: 0.28}  # how far in that direction, by number of objects
 RELATIONS = {("top", "bottom"): "above", ("bottom", "top"): "below", ("left", "right"): "left of"} | {
     ("right", "left"): "right of"
 }

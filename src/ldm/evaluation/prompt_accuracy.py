@@ -23,7 +23,7 @@ ATTRIBUTES = {
 
 # The search goes a third beyond what is ever drawn, so that a shape of odd size is read by its outline all the same.
 _RADII = np.geomspace(RADII["small"] / 1.33, RADII["large"] * 1.33, 8)
-_REACH = 0.3  # farthest distance, along x or y, of a shape's centre from the picture's that is searched
+_REACH = 0.32  # farthest distance, along x or y, of a shape's centre from the picture's that is searched
 
 Array = NDArray[np.floating[Any]]
 
