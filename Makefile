@@ -33,8 +33,8 @@ demo: install  ## train the built-in experiment from nothing, draw samples, meas
 test: install  ## run the tests (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: install  ## run the slow tests too (CI does)
-	$(BIN)/python -m pytest -m slow
+test-slow: install  ## run the slow tests (CI does); DEMO_RESULT=outputs/shapes looks at the demo's result
+	LDM_DEMO=$(DEMO_RESULT) $(BIN)/python -m pytest -m slow
 
 lint: install  ## check style
 	$(BIN)/ruff check .
