@@ -40,7 +40,8 @@ RADII = {"small": 0.19, "large": 0.28}
 SIZES = tuple(RADII)
 # Direction from the picture's centre to the centre of the shape's bounding box.
 POSITIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
-OFFSET = {1: 0.18, 2: 0.28}  # how far in that direction, by number of objects
+OFFSET = {1: 0.18, 2: 0.26}  # how far in that direction, by number of objects
+SHRINK = {1: 1.0, 2: 0.85}  # of the radius, by number of objects: two never touch
 RELATIONS = {("top", "bottom"): "above", ("bottom", "top"): "below", ("left", "right"): "left of"} | {
     ("right", "left"): "right of"
 }
@@ -186,7 +187,7 @@ def draw(scene: Scene, resolution: int, rng: np.random.Generator | None = None) 
     image[:] = np.rint(background)
     for thing, wobble in zip(scene.objects, jitter[3:].reshape(count, 6), strict=True):
         color = np.array(PALETTE[thing.color]) + JITTER["color"] * wobble[:3]
-        radius = RADII[thing.size] * (1 + JITTER["radius"] * wobble[3])
+        radius = SHRINK[count] * RADII[thing.size] * (1 + JITTER["radius"] * wobble[3])
         center = 0.5 + OFFSET[count] * np.array(POSITIONS[thing.position]) + JITTER["position"] * wobble[4:]
         window, alpha = coverage(thing.shape, (float(center[0]), float(center[1])), radius, resolution)
         contrast = (color - background).astype(np.float32)
@@ -315,7 +316,7 @@ class Shapes:
     def fingerprint(self) -> str:
         """Return a hash of all that decides the pictures and captions, equal on every machine: a key for caches."""
         own = (self.split, self.num_images, self.resolution, self.objects, self.seed)
-        world = (VERSION, PALETTE, RADII, POSITIONS, OFFSET, JITTER, WORDS, UNSAID, SHAPES)
+        world = (VERSION, PALETTE, RADII, POSITIONS, OFFSET, SHRINK, JITTER, WORDS, UNSAID, SHAPES)
         return f"{_hash(own, world):016x}"
 
     def _draw_scene(self, index: int) -> tuple[Scene, np.random.Generator]:
