@@ -83,5 +83,6 @@ def test_latents_of_held_out_pictures_are_normal(demo: Path) -> None:
         assert torch.allclose(
             vae.image(latents), oracle.decode(latents / oracle.config.scaling_factor).sample, atol=1e-4
         )
-    assert latents.mean((0, 2, 3)).abs().max() < 0.15
-    assert (latents.var((0, 2, 3)) - 1).abs().max() < 0.25
+    # 256 pictures, each about one independent value a channel: three standard errors
+    assert latents.mean((0, 2, 3)).abs().max() < 0.19
+    assert (latents.var((0, 2, 3)) - 1).abs().max() < 0.27
