@@ -19,14 +19,6 @@ from ldm.weights.folder import load_json, save_network
 PROMPT, OTHER = "a large red circle", "a small green star"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return tiny.write_model_folder(tmp_path_factory.mktemp("pipeline") / "model")

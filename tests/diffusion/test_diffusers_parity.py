@@ -31,15 +31,6 @@ GRIDS = [
 STEP_COUNTS = range(1, 61)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Keep tiny tensors from waiting for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_network():
     """Make a small random MLP over channels and time, the same each time."""
     g = torch.Generator().manual_seed(0)
