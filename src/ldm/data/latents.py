@@ -13,6 +13,8 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +101,8 @@ def _build(folder: Path, pictures: Pictures, vae: AutoencoderKL, conditioner: Co
     *names, null_context = _file_names(len(pictures))
     _save(folder / null_context, {"context": conditioner.null_context()[None]})
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    started = time.monotonic()
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("encoding pictures and captions", total=len(pictures))
         for start, name in zip(starts, names, strict=True):
             stop = min(start + SHARD_SIZE, len(pictures))
@@ -114,6 +117,8 @@ def _build(folder: Path, pictures: Pictures, vae: AutoencoderKL, conditioner: Co
                 context.append(conditioner(batch["caption"]).float().cpu())
                 progress.advance(task, len(batch["caption"]))
             _save(folder / name, {"moments": torch.cat(moments).contiguous(), "context": torch.cat(context)})
+    seconds = time.monotonic() - started
+    print(f"  encoded {len(pictures)} pictures and captions in {seconds:.0f} s: {folder}", flush=True)
     digests = {name: _digest(folder / name) for name in (*names, null_context)}
     temporary = folder / "manifest.tmp"
     temporary.write_text(json.dumps(digests, indent=1), encoding="utf-8")
