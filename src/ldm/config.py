@@ -260,6 +260,14 @@ class TrainConfig(Section):
                     f"stage '{stage}' would train what {'vae' if stage == 'autoencoder' else 'text_encoder'}"
                     f".pretrained={part.pretrained} loads: take one of the two out"
                 )
+        blocks = {"optim": self.optim, "autoencoder.optim": self.autoencoder.optim, "clip.optim": self.clip.optim}
+        for name, optim in blocks.items():
+            precision = self.autoencoder.precision if name == "autoencoder.optim" else None
+            if (precision or self.trainer.precision) == "16-mixed" and optim.clip_norm and optim.arguments.get("fused"):
+                raise ValueError(
+                    f"fp16 scales gradients, which a fused optimizer undoes inside its step, after they were clipped: "
+                    f"set {name}.arguments.fused=false, or use bf16-mixed"
+                )
         self._check_size()
         self._check_width()
         return self

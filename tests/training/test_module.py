@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.config import TrainConfig, check
+from ldm.errors import UserError
 from ldm.training import fit, stages
 from ldm.training.ema import EMA
 from ldm.training.module import step_generator
 from ldm.training.networks import build_unet, build_vae, load_frozen
 from probes import Record
-from runs import tiny_config
+from runs import compose_values, tiny_config
 
 RECORD = "+callbacks.record={_target_: probes.Record}"
 
@@ -141,3 +143,19 @@ def test_a_run_leaves_what_a_run_directory_holds(run_dir):
         "tensorboard",
     }  # fmt: skip
     assert (run_dir / "overrides.txt").read_text() == "experiment=shapes\n"
+
+
+def test_a_fused_optimizer_is_clipped_in_bf16(tmp_path):
+    """Lightning's own clipping refuses it, and it is what the GPU trainer runs by default."""
+    config = tiny_config(
+        tmp_path, "stages=[autoencoder]", "autoencoder.max_steps=2", "autoencoder.precision=bf16-mixed",
+        "autoencoder.optim.clip_norm=1.0", "autoencoder.optim.arguments.fused=true",
+    )  # fmt: skip
+    stages.run(config)
+    assert stages.is_done(config, "autoencoder")
+
+
+def test_fp16_is_not_clipped_with_a_fused_optimizer():
+    values = compose_values("train", ["experiment=shapes", "trainer=gpu", "trainer.precision=16-mixed"])
+    with pytest.raises(UserError, match="fused=false"):
+        check(TrainConfig, values)

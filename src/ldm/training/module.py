@@ -62,6 +62,15 @@ class StageModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.network, self.optim, self.max_steps)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning refuses to clip for a fused optimizer under any mixed precision; only fp16 scales gradients, and with
+        # that the config is refused.
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:  # called once an optimizer step, whatever the accumulation

@@ -231,7 +231,9 @@ def save_network(model: UNet | AutoencoderKL | TextTower | CLIP, folder: Path) -
             state = {f"text_model.{name}": tensor for name, tensor in state.items()}
     with written_atomically(folder) as temporary:
         save_json(temporary / "config.json", config)
-        save_file(state, temporary / f"{stem}.safetensors", {"format": "pt", "ldm_version": __version__})
+        weights = temporary / f"{stem}.safetensors"
+        save_file(state, weights, {"format": "pt", "ldm_version": __version__})
+        weights.chmod(0o644)  # safetensors' own choice is for the owner alone
 
 
 def save_pipeline_index(
