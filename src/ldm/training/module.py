@@ -65,8 +65,8 @@ class StageModule(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        # Lightning refuses to clip for a fused optimizer under any mixed precision; only fp16 scales gradients, and with
-        # that the config is refused.
+        # Lightning refuses to clip for a fused optimizer under any mixed precision. Only fp16 scales gradients, and the
+        # config refuses that combination.
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
