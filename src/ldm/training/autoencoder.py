@@ -21,7 +21,7 @@ class AutoencoderModule(StageModule):
 
     LDM (arXiv:2112.10752) section 3.1:  L = |x - x̂| + (x - x̂)² + λ KL(q(z|x) ‖ N(0, I)),  x̂ = D(z), z ~ q(z|x), the
     errors means over pixels and the divergence a mean over latents, so that none depends on resolution. The square
-    moves large errors first (measured: +0.5 dB after 400 steps). Each term is an entry of `losses`; perceptual and
+    moves large errors first. Each term is an entry of `losses`; perceptual and
     adversarial terms would be two more.
     """
 
