@@ -191,7 +191,7 @@ SMALL = [
 
 @pytest.fixture
 def no_network(monkeypatch, hub):
-    monkeypatch.setattr(weights, "_download", lambda repo_id, part: hub[repo_id])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **_: str(hub[repo_id]))
 
 
 def test_pokemon_trains_over_pretrained_parts(no_network, pictures, tmp_path, capsys):

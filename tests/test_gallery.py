@@ -1,13 +1,16 @@
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from ldm.gallery import grid, save_png, slug
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import UserError
+from ldm.gallery import SAMPLER_NAMES, grid, parameters, read_settings, save_png, slug
 
 ANY_TEXT = st.text(st.characters(), max_size=200)  # lone surrogates too: the command line makes them of bad bytes
 TEXT = st.text(max_size=200)
@@ -78,9 +81,10 @@ def test_settings_come_back_out_of_the_file(tmp_path_factory, prompt, negative, 
     save_png(path, pixels(), values)
     with Image.open(path) as image:
         image.load()
-        assert image.text["prompt"] == prompt
+        assert image.text["parameters"].startswith(prompt)
         assert json.loads(image.text["ldm"]) == values
         assert np.array_equal(np.asarray(image), pixels())
+    assert read_settings(path) == values
 
 
 def test_a_picture_without_settings(tmp_path):
@@ -93,7 +97,56 @@ def test_long_prompts_fit(tmp_path):
     prompt = "日本 \n" * 20_000
     save_png(tmp_path / "a.png", pixels(), {"prompt": prompt})
     with Image.open(tmp_path / "a.png") as image:
-        assert image.text["prompt"] == prompt
+        assert image.text["parameters"].startswith(prompt)
+
+
+def read_as_other_tools_do(text):
+    """Take a `parameters` text apart as the Stable Diffusion web UI does: the last line holds the settings."""
+    *lines, last = text.strip().split("\n")
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    at = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    negative = "\n".join(lines[at:]).removeprefix("Negative prompt:").strip()
+    values = {name: json.loads(value) if value.startswith('"') else value for name, value in pairs}
+    return {"prompt": "\n".join(lines[:at]), "negative": negative, **values}
+
+
+def test_other_tools_read_the_parameters():
+    values = {
+        "prompt": "a large, red circle", "negative_prompt": "blue: small", "steps": 20, "sampler": "dpmpp_2m",
+        "spacing": "karras", "guidance_scale": 7.5, "seed": 2**64 - 1, "size": [512, 768], "model_hash": "0123456789ab",
+        "model": "my, model: two", "strength": 0.6, "clip_skip": 1, "ldm_version": "0.1.0",
+    }  # fmt: skip
+    assert read_as_other_tools_do(parameters(values)) == {
+        "prompt": "a large, red circle", "negative": "blue: small", "Steps": "20", "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras", "CFG scale": "7.5", "Seed": str(2**64 - 1), "Size": "512x768",
+        "Model hash": "0123456789", "Model": "my, model: two", "Denoising strength": "0.6", "Clip skip": "2",
+        "Version": "ldm 0.1.0",
+    }  # fmt: skip
+
+
+def test_every_sampler_has_the_name_that_other_tools_give_it():
+    assert set(SAMPLER_NAMES) == set(SAMPLERS)
+
+
+def test_files_without_settings_say_so(tmp_path):
+    save_png(tmp_path / "plain.png", pixels())
+    Image.fromarray(pixels()).save(tmp_path / "photo.jpg")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, says in (
+        ("plain.png", "carries no settings"), ("photo.jpg", "carries no settings"),
+        ("text.png", "cannot be read"), ("gone.png", "cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"{name}.*{says}"):
+            read_settings(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "null", '"a"', ""])
+def test_settings_that_are_none_are_refused(tmp_path, text):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("ldm", text)
+    Image.fromarray(pixels()).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(UserError, match=r"a\.png"):
+        read_settings(tmp_path / "a.png")
 
 
 def test_a_picture_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch):

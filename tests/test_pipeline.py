@@ -13,7 +13,7 @@ import tiny
 from ldm import LatentDiffusionPipeline
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
-from ldm.pipeline import find_device
+from ldm.pipeline import DTYPES, find_device
 from ldm.weights.folder import load_json, save_network
 
 PROMPT, OTHER = "a large red circle", "a small green star"
@@ -228,8 +228,8 @@ def test_the_size_of_training_is_the_default(tmp_path, sample_size, side):
 
 def test_pictures_come_in_order_as_soon_as_their_batch_is_done(pipeline, monkeypatch):
     decoded = []
-    image = pipeline.vae.image
-    monkeypatch.setattr(pipeline.vae, "image", lambda latents: (decoded.append(len(latents)), image(latents))[1])
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: (decoded.append(len(z)), decode(z))[1])
     pictures = pipeline.generate([PROMPT] * 5, range(5), batch_size=2)
     assert decoded == []
     first = next(pictures)
@@ -267,8 +267,8 @@ def test_calling_gives_pillow_pictures_with_seeds_counted_up(pipeline):
 def test_half_precision_draws_about_the_same(model_folder, pipeline, dtype):
     half = LatentDiffusionPipeline.from_pretrained(str(model_folder), dtype, "cpu")
     found = draw(half, [PROMPT, OTHER], [3, 4])
-    assert {p.dtype for p in half.unet.parameters()} == {torch.bfloat16 if dtype == "bf16" else torch.float16}
-    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    for network in (half.unet, half.vae, half.conditioner):
+        assert {p.dtype for p in network.parameters()} == {DTYPES[dtype]}
     assert found.dtype == torch.float32 and found.isfinite().all()
     assert psnr(found, draw(pipeline, [PROMPT, OTHER], [3, 4])) > 25
 
@@ -343,7 +343,6 @@ def refusal(folder) -> str:
         ({"prediction_type": "flow"}, "flow"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras' is not supported"),
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"beta_start": "low"}, "not supported between"),
         ({"num_train_timesteps": None}, "NoneType"),
@@ -367,10 +366,10 @@ def test_a_missing_part_is_named(folder, part):
 def test_parts_that_do_not_fit_each_other(folder):
     save_network(tiny.unet(cross_attention_dim=24), folder / "unet")
     assert "the U-Net listens to context of width 24, the text encoder gives 16" in refusal(folder)
-    save_network(tiny.unet(in_channels=9), folder / "unet")
-    assert "the U-Net has in_channels=9, the VAE 4 latent channels" in refusal(folder)
+    save_network(tiny.unet(in_channels=8), folder / "unet")
+    assert "the U-Net has in_channels=8, the VAE 4 latent channels" in refusal(folder)
     save_network(tiny.unet(out_channels=8), folder / "unet")
-    assert "the U-Net has out_channels=8, the VAE 4 latent channels" in refusal(folder)
+    assert "the U-Net predicts 8 channels, the VAE has 4 latent channels" in refusal(folder)
     save_network(tiny.unet(), folder / "unet")
     save_network(tiny.text_tower(vocab_size=100, eos_token_id=99), folder / "text_encoder")
     assert "tokens, the text encoder embeds 100" in refusal(folder)

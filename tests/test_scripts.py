@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.gallery import read_settings
 from ldm.training import stages
 from ldm.weights.folder import load_weights
 from runs import ROOT, TINY, run_script, tiny_config
@@ -130,7 +131,7 @@ BAD_SAMPLE = [
     (["ckpt={run}", "prompt_file={empty}"], "holds no prompt"),
     (["ckpt={run}", "prompt_file={binary}"], "cannot be read"),
     (["ckpt={run}", "prompt=x", "guidance=3"], "did you mean 'guidance_scale'?"),
-    (["ckpt={run}", "prompt=x", "sampler=eulr"], "'ddim' or 'ddpm'"),
+    (["ckpt={run}", "prompt=x", "sampler=eulr"], "'ddim', 'ddpm', 'euler'"),
     (["ckpt={run}", "prompt=x", "steps=0"], "steps"),
     (["ckpt={run}", "prompt=x", "steps=1001"], "1000"),
     (["ckpt={run}", "prompt=x", "height=15"], "divisible by 4"),
@@ -138,6 +139,29 @@ BAD_SAMPLE = [
     (["ckpt={run}", "prompt=x", "device=cuda:77"], "device=cuda:77"),
     (["ckpt={run}", "prompt=x", "dtype=fp8"], "dtype"),
     (["ckpt={run}", "prompt=x", "num_images=0"], "num_images"),
+    (["ckpt={run}", "prompt=x", "spacing=even"], "'leading', 'linspace'"),
+    (["ckpt={run}", "prompt=x", "eta=0.5", "sampler=euler"], "eta=0.5: sampler=ddim takes"),
+    (["ckpt={run}", "prompt=x", "eta=2"], "eta"),
+    (["ckpt={run}", "prompt=x", "guidance_rescale=2"], "guidance_rescale"),
+    (["ckpt={run}", "prompt=x", "guidance_interval=[5,1]"], "guidance_interval=[5.0, 1.0]"),
+    (["ckpt={run}", "prompt=x", "guidance_interval=3"], "guidance_interval"),
+    (["ckpt={run}", "prompt=x", "clip_skip=1"], "this text encoder has 1 layers"),
+    (["ckpt={run}", "prompt=x", "seed=[]"], "seed"),
+    (["ckpt={run}", "prompt=x", "seed=[1,2]", "num_images=2"], "leave num_images out"),
+    (["ckpt={run}", "prompt=x", "mask={file}"], "mask= belongs to init_image="),
+    (["ckpt={run}", "prompt=x", "outpaint=left:8"], "outpaint= belongs to init_image="),
+    (["ckpt={run}", "prompt=x", "strength=0.5"], "strength= belongs to init_image="),
+    (["ckpt={run}", "prompt=x", "init_image={tmp}/nowhere.png"], "nowhere.png"),
+    (["ckpt={run}", "prompt=x", "init_image={file}"], "init_image"),
+    (["ckpt={run}", "prompt=x", "init_image={pictures}/0.png", "strength=0"], "strength"),
+    (["ckpt={run}", "prompt=x", "init_image={pictures}/0.png", "strength=0.1", "steps=2"], "less than one step"),
+    (["ckpt={run}", "prompt=x", "init_image={pictures}/0.png", "mask={pictures}/0.png"], "mask"),
+    (["ckpt={run}", "prompt=x", "init_image={pictures}/0.png", "outpaint=up:8"], "outpaint"),
+    (["ckpt={run}", "prompt=x", "init_image={pictures}/0.png", "outpaint=left:3"], "outpaint"),
+    (["from_image={tmp}/nowhere.png"], "nowhere.png cannot be read"),
+    (["from_image={pictures}/0.png"], "carries no settings"),
+    (["from_image={file}"], "cannot be read as a picture"),
+    (["ckpt={run}", "prompt=x", "vae={tmp}/nowhere"], "there is no"),
     (["ckpt={run}", "prompt=x", "out={file}"], "is a file"),
     (["ckpt={run}", "prompt=x", "out={file}/in/it"], "is a file"),
     (["ckpt={run}", "prompt=x", "out=/proc/nothing"], "cannot be written"),
@@ -152,7 +176,7 @@ BAD_EVALUATE = [
     (["ckpt={run}", "out={tmp}/no/where.json"], "there is no folder"),
     (["ckpt={run}", "out={tmp}"], ".json"),
     (["ckpt={run}", "out={tmp}/picture.png"], ".json"),
-    (["ckpt={run}", "sampler=eulr"], "'ddim' or 'ddpm'"),
+    (["ckpt={run}", "sampler=eulr"], "'ddim', 'ddpm', 'euler'"),
     (["ckpt={foreign}"], "has no config.yaml"),
 ]
 
@@ -295,7 +319,7 @@ def test_prompts_are_typed_as_they_are(finished, tmp_path):
     for i, name in enumerate(names[:2]):
         with Image.open(out / name) as picture:
             settings = json.loads(picture.text["ldm"])
-            assert picture.text["prompt"] == settings["prompt"] == prompt
+            assert settings["prompt"] == prompt and picture.text["parameters"].startswith(prompt)
             assert settings["negative_prompt"] == "blue, ${seed}" and settings["seed"] == 7 + i
             assert settings["steps"] == 2 and settings["sampler"] == "ddim" and settings["height"] == 16
 
@@ -305,7 +329,7 @@ def test_a_prompt_file_a_prompt_a_line(finished, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("\ufeffa red circle\n\n  ${oc.env:HOME}, 'x'  \n", encoding="utf-8")
     assert run_script("sample", f"ckpt={finished}", "prompt_file=prompts.txt", "num_images=2", "steps=1") == 0
     pictures = sorted(path for path in (tmp_path / "samples").iterdir() if path.name != "grid.png")
-    texts = [Image.open(path).text["prompt"] for path in pictures]
+    texts = [read_settings(path)["prompt"] for path in pictures]
     assert texts == ["a red circle"] * 2 + ["${oc.env:HOME}, 'x'"] * 2
     assert [path.name.split("-")[1] for path in pictures] == ["0", "1", "2", "3"]
 

@@ -17,9 +17,12 @@ from ldm.errors import UserError
 CONF_DIR = Path(__file__).parents[2] / "conf"
 FREE_TEXT_KEYS = (
     "prompt", "negative_prompt", "prompt_file", "ckpt", "out", "name", "output_dir", "run_dir",
+    "from_image", "init_image", "mask", "outpaint", "src", "dst",
     "data.path", "data.image_column", "data.caption_column",
     "vae.pretrained", "text_encoder.pretrained", "unet.pretrained",
 )  # fmt: skip
+# Where these are not config groups, as in train.py, they are paths.
+PART_KEYS = ("vae", "text_encoder", "unet", "tokenizer")
 
 
 def quote_free_text(argument: str, keys: Iterable[str] = FREE_TEXT_KEYS) -> str:
@@ -72,9 +75,12 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_help(doc or "", config_name, config_dir))
         return
-    sys.argv[1:] = [quote_free_text(argument) for argument in arguments]
+    keys = FREE_TEXT_KEYS if config_name == "train" else (*FREE_TEXT_KEYS, *PART_KEYS)
+    sys.argv[1:] = [quote_free_text(argument, keys) for argument in arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of being printed by Hydra
     import hydra
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     faults: list[Exception] = []
@@ -90,8 +96,13 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
             faults.append(error)
             raise
 
+    primary = config_name
+    config_path: str | None = str(config_dir)
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(job)()
+        if config_name != "train":  # one file without groups: where Hydra sees none, `vae=` and its like are plain keys
+            primary, config_path = f"{config_name}_alone", None
+            ConfigStore.instance().store(primary, OmegaConf.load(config_dir / f"{config_name}.yaml"))
+        hydra.main(version_base="1.3", config_path=config_path, config_name=primary)(job)()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

@@ -37,16 +37,25 @@ class Conditioner(nn.Module):
             )
         self.tokenizer = tokenizer
         self.text_tower = text_tower
+        self.num_layers: int = text_tower.config["num_hidden_layers"]
         self.max_length = min(tokenizer.model_max_length, text_tower.config["max_position_embeddings"])
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Return (B, L) int64 token ids; captions longer than L are cut, shorter ones padded."""
         return tokenize(self.tokenizer, captions, self.max_length)
 
-    def forward(self, captions: Sequence[str]) -> Tensor:
-        """Return the context of captions, (B, L, D)."""
+    def forward(self, captions: Sequence[str], clip_skip: int = 0) -> Tensor:
+        """Return the context of captions, (B, L, D).
+
+        Args:
+            captions: B texts.
+            clip_skip: leave out this many of the tower's last layers, as diffusers counts them.
+
+        Raises:
+            ValueError: `clip_skip` leaves no layer.
+        """
         device = self.text_tower.embeddings.token_embedding.weight.device
-        hidden, _ = self.text_tower(self.tokenize(captions).to(device))
+        hidden, _ = self.text_tower(self.tokenize(captions).to(device), clip_skip)
         return hidden
 
     def null_context(self) -> Tensor:

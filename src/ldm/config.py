@@ -32,7 +32,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits; `seed + i` must fit too
-Sampler = Literal["ddim", "ddpm"]
+Sampler = Literal["ddim", "ddpm", "euler", "euler_a", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"]
+Spacing = Literal["leading", "linspace", "trailing", "karras", "exponential"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
 class Section(BaseModel):
@@ -304,17 +306,35 @@ class TrainConfig(Section):
 
 class SampleConfig(Section):
     ckpt: str = Field(min_length=1)
+    vae: str | None
+    text_encoder: str | None
+    unet: str | None
+    tokenizer: str | None
+    prediction_type: PredictionType | None
+    variant: str | None
     prompt: str | None
     prompt_file: str | None
+    from_image: str | None
     negative_prompt: str
     num_images: PositiveInt
-    seed: Seed
+    seed: Seed | Annotated[list[Seed], Field(min_length=1)]
     steps: PositiveInt | None
     sampler: Sampler | None
+    spacing: Spacing | None
+    eta: Probability
     guidance_scale: Fraction0 | None
+    guidance_rescale: Probability
+    guidance_interval: tuple[Fraction0, PositiveFloat] | None
+    clip_skip: Count0
     height: PositiveInt | None
     width: PositiveInt | None
+    init_image: str | None
+    strength: Annotated[float, Field(gt=0, le=1)] | None
+    mask: str | None
+    mask_blur: Count0
+    outpaint: str | None
     batch_size: PositiveInt
+    vae_tile: PositiveInt | None
     out: str = Field(min_length=1)
     device: str
     dtype: Literal["fp32", "bf16", "fp16"]
@@ -326,6 +346,12 @@ class SampleConfig(Section):
         for text in (self.prompt or "", self.negative_prompt):
             if any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise ValueError(f"the prompt {text!r} is not valid UTF-8")  # how Python passes stray bytes on
+        if isinstance(self.seed, list) and self.num_images != 1:
+            raise ValueError(f"seed={self.seed} draws a picture for each seed: leave num_images out")
+        if self.init_image is None:
+            needed = ("mask", "mask_blur", "outpaint", "strength")
+            if alone := [name for name in needed if getattr(self, name)]:
+                raise ValueError(f"{alone[0]}= belongs to init_image=, the picture to draw upon")
         return self
 
 
@@ -343,7 +369,32 @@ class EvaluateConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"]
 
 
-SCHEMAS: dict[str, type[Section]] = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+class ConvertConfig(Section):
+    src: str = Field(min_length=1)
+    dst: str = Field(min_length=1)
+    format: Literal["diffusers", "single_file"] | None
+    dtype: Literal["fp32", "bf16", "fp16"] | None
+    vae: str | None
+    text_encoder: str | None
+    unet: str | None
+    tokenizer: str | None
+    prediction_type: PredictionType | None
+    variant: str | None
+    overwrite: bool
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        is_file = self.dst.endswith(".safetensors")
+        if self.format == "single_file" and not is_file:
+            raise ValueError(f"format=single_file writes safetensors: dst={self.dst} must end in .safetensors")
+        if self.format == "diffusers" and is_file:
+            raise ValueError(f"format=diffusers writes a folder, and dst={self.dst} has the name of a file")
+        return self
+
+
+SCHEMAS: dict[str, type[Section]] = {
+    "train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig, "convert": ConvertConfig,
+}  # fmt: skip
 
 
 S = TypeVar("S", bound=Section)

@@ -1,4 +1,4 @@
-"""Pictures on disk: file names, PNGs that carry their settings, and grids."""
+"""Pictures on disk: file names, PNGs that carry their settings and give them back, and grids."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ldm.data.images import Pixels
+from ldm.errors import UserError
 
 
 def slug(text: str, most: int = 40) -> str:
@@ -26,17 +27,78 @@ def slug(text: str, most: int = 40) -> str:
 
 
 def save_png(path: Path, pixels: Pixels, settings: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG whose text chunks carry `settings`: `prompt` as plain text, everything as JSON under `ldm`.
+    """Write a PNG whose text chunks carry `settings`.
 
-    The file appears whole or not at all.
+    `parameters` is the line that other tools read, `ldm` is everything as JSON, for `read_settings`. The file appears
+    whole or not at all.
     """
     info = PngImagePlugin.PngInfo()
     if settings:
-        info.add_itxt("prompt", str(settings.get("prompt", "")))
+        info.add_text("parameters", parameters(settings))  # as UTF-8 where Latin-1 does not have its letters
         info.add_itxt("ldm", json.dumps(settings, ensure_ascii=False))
     temporary = path.with_name(f".{path.name}.tmp")
     Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
     os.replace(temporary, path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings that `save_png` wrote into a PNG. They are data: nothing of them has been checked.
+
+    Raises:
+        UserError: the file is not there, is no picture, or carries none.
+    """
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get("ldm")
+        settings = None if text is None else json.loads(text)
+    except Exception as error:  # Pillow and its codecs raise a dozen kinds for one cause
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} carries no settings of ours; the text of a PNG is lost when a program saves it anew")
+    return settings
+
+
+# What other tools call the samplers.
+SAMPLER_NAMES = {
+    "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "lms": "LMS",
+    "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_sde": "DPM++ SDE", "unipc": "UniPC",
+}  # fmt: skip
+
+
+def parameters(settings: Mapping[str, Any]) -> str:
+    """Write settings as the text that the Stable Diffusion web UI began and most tools read.
+
+    >>> print(parameters({"prompt": "a star", "steps": 20, "sampler": "euler_a", "seed": 3, "size": [64, 32]}))
+    a star
+    Steps: 20, Sampler: Euler a, Seed: 3, Size: 64x32
+    """
+    named = {
+        "Steps": settings.get("steps"),
+        "Sampler": SAMPLER_NAMES.get(str(settings.get("sampler"))),
+        "Schedule type": {"karras": "Karras", "exponential": "Exponential"}.get(str(settings.get("spacing"))),
+        "CFG scale": settings.get("guidance_scale"),
+        "Seed": settings.get("seed"),
+        "Size": "x".join(map(str, settings["size"])) if settings.get("size") else None,
+        "Model hash": (settings.get("model_hash") or "")[:10] or None,
+        "Model": settings.get("model"),
+        "Denoising strength": settings.get("strength"),
+        "Mask blur": settings.get("mask_blur") or None,
+        "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,  # there, 1 is none left out
+        "Eta": settings.get("eta") or None,
+        "Version": f"ldm {settings['ldm_version']}" if settings.get("ldm_version") else None,
+    }
+    items = [
+        f"{name}: {_quoted(f'{v:g}' if isinstance(v, float) else str(v))}" for name, v in named.items() if v is not None
+    ]
+    lines = [str(settings.get("prompt", ""))]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    return "\n".join([*lines, ", ".join(items)])
+
+
+def _quoted(value: str) -> str:
+    """Quote a value in which a reader would see the end of it."""
+    return json.dumps(value, ensure_ascii=False) if any(letter in value for letter in ",\n:") else value
 
 
 def grid(images: Sequence[Pixels], columns: int | None = None, captions: Sequence[str] = (), scale: int = 1) -> Pixels:

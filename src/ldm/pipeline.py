@@ -1,42 +1,61 @@
-"""From words to pictures: a model folder, loaded once, and one `generate`.
+"""From words to pictures: a model, loaded once, and one `generate` for text2img, img2img and inpainting.
 
-B batch, C channels, h w latents, H W pixels.
+B batch, C channels, h w latents, H W pixels, L tokens, D width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from ldm.canvas import Canvas, Picture, composite, latent_mask, make_canvas, masked_image
+from ldm.codec import Codec
 from ldm.conditioner import NULL_CAPTION, Conditioner
-from ldm.data.images import to_pixels
+from ldm.data.images import to_pixels, to_tensor
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.grids import sigma_grid, start
 from ldm.diffusion.guidance import GuidedDenoiser
-from ldm.diffusion.parameterization import check_prediction_type
-from ldm.diffusion.samplers import SAMPLERS, SPACINGS, from_vp, sigma_grid, to_vp
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.masking import MaskedDenoiser
+from ldm.diffusion.samplers import SAMPLERS, to_vp
+from ldm.diffusion.schedule import FlowSchedule, NoiseSchedule
 from ldm.errors import UserError
 from ldm.nn.autoencoder import AutoencoderKL
-from ldm.nn.clip import TextTower
 from ldm.nn.unet import UNet
-from ldm.weights.folder import SETTINGS, find_model, load_json, load_network, load_tokenizer
+from ldm.options import Options, default_strength, resolve
+from ldm.scheduler import read_scheduler
+from ldm.weights.model import load_model
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+Progress = Callable[[int, int, Tensor], None]
+"""callback(step, num_steps, latents) after each step of a batch: its number from 0, and the x̂_0 that it led to."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A canvas as the networks see it: (1, 2C, h, w) moments, (1, 1, h, w) mask, moments of the masked picture."""
+
+    moments: Tensor
+    mask: Tensor | None
+    masked: Tensor | None
+
 
 class LatentDiffusionPipeline:
     """A text-to-image model: U-Net, VAE, conditioner, noise schedule, and how to sample unless told otherwise.
 
     Args:
-        unet, vae, conditioner: networks in eval mode on one device. The VAE is best left in float32.
-        schedule: the noise schedule of training.
+        unet, vae, conditioner: networks in eval mode on one device.
+        schedule: of the noise, as in training.
         prediction_type: what the U-Net predicts.
         grid: `spacing`, `steps_offset` and `final_sigma` of the step grid (see `sigma_grid`).
         settings: defaults of `sampler`, `steps` and `guidance_scale`.
+        unet_file: where the U-Net's weights lie, if they do: what a model hash is taken of.
     """
 
     def __init__(
@@ -44,72 +63,73 @@ class LatentDiffusionPipeline:
         unet: UNet,
         vae: AutoencoderKL,
         conditioner: Conditioner,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | FlowSchedule,
         prediction_type: str,
         grid: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
+        unet_file: Path | None = None,
     ) -> None:
         self.unet, self.vae, self.conditioner, self.schedule = unet, vae, conditioner, schedule
+        self.codec = Codec(vae)
         self.prediction_type = prediction_type
-        self.grid = dict(grid or {})
+        self.grid = {"spacing": "trailing", "steps_offset": 0, "final_sigma": 0.0, **(grid or {})}
         self.settings = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, **(settings or {})}
+        self.unet_file = unet_file
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: str = "fp32", device: str = "auto") -> Self:
-        """Load a model folder in diffusers' format, or a run directory that holds one.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: str | torch.dtype = "fp32",
+        device: str | torch.device = "auto",
+        *,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        unet: str | None = None,
+        tokenizer: str | None = None,
+        prediction_type: str | None = None,
+        variant: str | None = None,
+    ) -> Self:
+        """Load a model: a folder in diffusers' format, a run directory, a hub id or a single file.
 
         Args:
-            path: folder.
-            dtype: `fp32`, `bf16` or `fp16`, of the U-Net and the text encoder; the VAE stays in float32, which half
-                precision may overflow.
+            path: of the model.
+            dtype: `fp32`, `bf16` or `fp16`, or torch's; a VAE whose values leave the range of fp16 runs in fp32.
             device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+            vae, text_encoder, unet, tokenizer: parts from elsewhere.
+            prediction_type: what the U-Net predicts, where a single file cannot say.
+            variant: of a folder's files, such as fp16.
 
         Raises:
-            UserError: the folder is not there, is of another kind, or holds what we do not support.
+            UserError: it is not there, is of another kind, or holds what we do not support.
         """
-        folder, torch_device = find_model(path), find_device(device)
-        scheduler = load_json(folder / "scheduler" / "scheduler_config.json")
+        torch_device = find_device(str(device))
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise UserError(f"dtype={dtype} is unknown; there are: {', '.join(DTYPES)}")
+        model = load_model(
+            str(path),
+            DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            vae=vae,
+            text_encoder=text_encoder,
+            unet=unet,
+            tokenizer=tokenizer,
+            prediction_type=prediction_type,
+            variant=variant,
+        )
         try:
-            schedule = NoiseSchedule.from_config(scheduler)
-            prediction_type = scheduler.get("prediction_type", "epsilon")
-            check_prediction_type(prediction_type)
-            if (spacing := scheduler.get("timestep_spacing", "leading")) not in SPACINGS:
-                raise ValueError(f"timestep_spacing={spacing!r} is not supported (only {', '.join(SPACINGS)})")
-            if not isinstance(steps_offset := scheduler.get("steps_offset", 0), int) or steps_offset < 0:
-                raise ValueError(f"steps_offset={steps_offset!r} is not supported (only whole numbers from 0)")
+            schedule, predicted, grid, sampler = read_scheduler(model.scheduler)
         except (ValueError, TypeError) as error:
-            raise UserError(f"{folder / 'scheduler' / 'scheduler_config.json'}: {error}") from error
-        to_one = scheduler.get("set_alpha_to_one", True)
-        grid = {
-            "spacing": spacing,
-            "steps_offset": steps_offset,
-            "final_sigma": 0.0 if to_one else float(schedule.sigmas[0]),
-        }
-        text_tower = load_network(TextTower, folder / "text_encoder", DTYPES[dtype])
-        unet = load_network(UNet, folder / "unet", DTYPES[dtype])
-        vae = load_network(AutoencoderKL, folder / "vae")
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        if unet.config["cross_attention_dim"] != text_tower.config["hidden_size"]:
-            raise UserError(
-                f"{folder}: the U-Net listens to context of width {unet.config['cross_attention_dim']}, "
-                f"the text encoder gives {text_tower.config['hidden_size']}"
-            )
-        for name in ("in_channels", "out_channels"):
-            if unet.config[name] != vae.config["latent_channels"]:
-                raise UserError(
-                    f"{folder}: the U-Net has {name}={unet.config[name]}, the VAE {vae.config['latent_channels']} "
-                    "latent channels; models that also see a mask or another picture are not for text alone"
-                )
+            raise UserError(f"{path}: scheduler/scheduler_config.json: {error}") from error
         try:
-            conditioner = Conditioner(tokenizer, text_tower)
+            conditioner = Conditioner(model.tokenizer, model.text_tower)
         except ValueError as error:
-            raise UserError(f"{folder}: {error}") from error
-        settings = load_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-        for module in (unet, vae, conditioner):
+            raise UserError(f"{path}: {error}") from error
+        for module in (model.unet, model.vae, conditioner):
             module.to(torch_device).eval().requires_grad_(False)
-        for network in (unet, vae):
+        for network in (model.unet, model.vae):
             network.to(memory_format=torch.channels_last)
-        return cls(unet, vae, conditioner, schedule, prediction_type, grid, settings)
+        settings = {"sampler": sampler, **model.settings}
+        return cls(model.unet, model.vae, conditioner, schedule, predicted, grid, settings, model.unet_file)
 
     @property
     def downscale_factor(self) -> int:
@@ -122,28 +142,60 @@ class LatentDiffusionPipeline:
         size = self.unet.config["sample_size"] or 64
         return (size if isinstance(size, int) else max(size)) * self.vae.downscale_factor
 
+    @property
+    def sees_mask(self) -> bool:
+        """Whether the U-Net is one for inpainting, which is shown the mask and the masked picture."""
+        return self.unet.config["in_channels"] > self.unet.config["out_channels"]
+
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str = NULL_CAPTION, seed: int = 0, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = NULL_CAPTION,
+        seed: int | Sequence[int] = 0,
+        num_images: int = 1,
+        **options: Any,
     ) -> "list[Image.Image]":
-        """Draw a picture of each prompt; picture i is drawn from `seed + i`. Options are those of `generate`."""
+        """Draw pictures of each prompt. Options are those of `generate`.
+
+        Args:
+            prompt: one, or several.
+            negative_prompt: one for all, or one for each prompt.
+            seed: picture i of the call is drawn from `seed + i`; several seeds are those of each prompt's pictures.
+            num_images: of each prompt, where there is one seed.
+        """
         from PIL import Image
 
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        images = self.generate(prompts, [seed + i for i in range(len(prompts))], negative_prompt, **options)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        asked = [(text, negative) for text, negative in zip(prompts, negatives, strict=True) for _ in range(num_images)]
+        seeds = [seed + i for i in range(len(asked))] if isinstance(seed, int) else list(seed) * len(prompts)
+        if not isinstance(seed, int):
+            asked = [pair for pair in asked[::num_images] for _ in seed]
+        images = self.generate([text for text, _ in asked], seeds, [negative for _, negative in asked], **options)
         return [Image.fromarray(to_pixels(image)) for image in images]
+
+    def resolve(self, options: Options) -> Options:
+        """Fill in what this model decides, and check the rest; raises a UserError where they do not fit."""
+        defaults = {name: self.settings[name] for name in ("sampler", "steps", "guidance_scale")}
+        defaults["spacing"] = self.grid["spacing"]
+        return resolve(options, defaults, self.schedule.num_train_timesteps, self.conditioner.num_layers)
 
     def generate(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        negative_prompt: str = NULL_CAPTION,
+        negative_prompt: str | Sequence[str] = NULL_CAPTION,
         *,
-        steps: int | None = None,
-        sampler: str | None = None,
-        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        init_image: Picture | None = None,
+        mask: Picture | None = None,
+        outpaint: str | None = None,
+        mask_blur: int = 0,
         batch_size: int = 16,
+        vae_tile: int | None = None,
+        callback: Progress | None = None,
+        **options: Any,
     ) -> Iterator[Tensor]:
         """Draw pictures, giving each as soon as its batch is done.
 
@@ -152,74 +204,185 @@ class LatentDiffusionPipeline:
         Args:
             prompts: one for each picture.
             seeds: one for each picture.
-            negative_prompt: what guidance leads away from.
-            steps, sampler, guidance_scale: None for the model's own defaults.
-            height, width: pixels; None for the size of training.
+            negative_prompt: what guidance leads away from; one for all, or one for each picture.
+            height, width: pixels; None for the size of training, or of `init_image`.
+            init_image: what to draw upon (img2img); see `ldm.canvas.make_canvas` for kinds and sizes.
+            mask: white is repainted, black is kept to the pixel (inpainting).
+            outpaint: `left:64,top:32`, pixels by which the picture grows.
+            mask_blur: pixels over which the edge of the mask is soft.
             batch_size: pictures drawn at once.
+            vae_tile: side in pixels of the tiles that the VAE works in; None works on whole pictures.
+            callback: called after each step.
+            options: those of `Options`.
 
         Yields:
             (3, H, W) images in [-1, 1], in the order of the prompts.
 
         Raises:
-            UserError: an unknown sampler; a size that the networks cannot halve; no steps, or more than training has;
-                a seed out of range.
+            UserError: options that do not fit the model; a picture or mask that cannot be used; a seed out of range.
         """
-        sampler = self.settings["sampler"] if sampler is None else sampler
-        steps = self.settings["steps"] if steps is None else steps
-        guidance_scale = self.settings["guidance_scale"] if guidance_scale is None else guidance_scale
-        height, width = height or self.default_size, width or self.default_size
-        if sampler not in SAMPLERS:
-            raise UserError(f"sampler={sampler} is unknown; there are: {', '.join(SAMPLERS)}")
+        chosen = self.resolve(Options(**options))
+        if unfit := [seed for seed in seeds if not 0 <= seed < 2**64]:
+            raise UserError(f"seed={unfit[0]}: seeds are whole numbers from 0 to 2^64 - 1")
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        canvas = self._canvas(init_image, mask, outpaint, mask_blur, height, width)
+        if canvas is None:
+            size = height or self.default_size, width or self.default_size
+            self._check_size(*size)
+            if chosen.strength is not None:
+                raise UserError("strength= belongs to init_image=, the picture to draw upon")
+        else:
+            size = canvas.pixels.shape[0], canvas.pixels.shape[1]
+            if chosen.strength is None:
+                chosen = replace(chosen, strength=default_strength(canvas.mask is not None))
+        sigmas = self._sigmas(chosen)
+        with torch.inference_mode():
+            ground = None if canvas is None else self._ground(canvas, vae_tile)
+        for begin in range(0, len(prompts), batch_size):
+            chunk = slice(begin, begin + batch_size)
+            # Pictures are handed out outside of inference mode: it would hold in the caller's code too.
+            with torch.inference_mode():
+                latents = self._draw(
+                    prompts[chunk], negatives[chunk], seeds[chunk], chosen, sigmas, size, ground, callback
+                )
+                images = self.decode(latents, vae_tile)
+            for image in images:
+                yield image if canvas is None or canvas.mask is None else composite(canvas, image)
+
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Map latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]; see `Codec`."""
+        return self.codec.decode(latents, tile)
+
+    def _check_size(self, height: int, width: int) -> None:
         if min(height, width) < 1 or height % self.downscale_factor or width % self.downscale_factor:
             raise UserError(
                 f"height={height} width={width}: this model draws sizes divisible by {self.downscale_factor}"
             )
-        if not 1 <= steps <= self.schedule.num_train_timesteps:
-            raise UserError(f"steps={steps}: this model takes 1 to {self.schedule.num_train_timesteps} steps")
-        if unfit := [seed for seed in seeds if not 0 <= seed < 2**64]:
-            raise UserError(f"seed={unfit[0]}: seeds are whole numbers from 0 to 2^64 - 1")
-        sigmas = sigma_grid(self.schedule, steps, **self.grid)
-        for start in range(0, len(prompts), batch_size):
-            chunk = slice(start, start + batch_size)
-            # Pictures are handed out outside of inference mode: it would hold in the caller's code too.
-            with torch.inference_mode():
-                latents = self._draw(
-                    prompts[chunk], seeds[chunk], negative_prompt, sampler, sigmas, guidance_scale, height, width
-                )
-                latents = latents.to(next(self.vae.parameters()).dtype, memory_format=torch.channels_last)
-                images = self.vae.image(latents).float().clamp(-1, 1)
-            yield from images
+
+    def _canvas(
+        self,
+        init_image: Picture | None,
+        mask: Picture | None,
+        outpaint: str | None,
+        mask_blur: int,
+        height: int | None,
+        width: int | None,
+    ) -> Canvas | None:
+        if init_image is None:
+            if mask is not None or outpaint or mask_blur:
+                raise UserError("mask=, mask_blur= and outpaint= belong to init_image=, the picture to draw upon")
+            if self.sees_mask:
+                raise UserError("this is an inpainting model: give init_image= and mask= (or outpaint=)")
+            return None
+        canvas = make_canvas(
+            init_image,
+            mask,
+            height=height,
+            width=width,
+            factor=self.downscale_factor,
+            default_size=self.default_size,
+            outpaint=outpaint,
+            mask_blur=mask_blur,
+        )
+        if self.sees_mask and canvas.mask is None:
+            raise UserError("this is an inpainting model: give mask= (or outpaint=) with init_image=")
+        return canvas
+
+    def _sigmas(self, options: Options) -> Tensor:
+        """Return the noise levels to walk down, (N + 1,); with a strength the last ones of them."""
+        assert options.steps and options.sampler and options.spacing
+        sigmas = sigma_grid(
+            self.schedule,
+            options.steps,
+            options.sampler,
+            options.spacing,
+            self.grid["steps_offset"],
+            self.grid["final_sigma"],
+        )
+        if options.strength is None:
+            return sigmas
+        num_steps = int(options.steps * options.strength)
+        if num_steps < 1:
+            least = -(-100 // options.steps) / 100
+            raise UserError(
+                f"strength={options.strength} of {options.steps} steps is less than one step: take more steps, or "
+                f"strength={least:g} and more"
+            )
+        return sigmas[options.steps - num_steps :]
+
+    def _ground(self, canvas: Canvas, tile: int | None) -> "Ground":
+        device = self.unet.conv_in.weight.device
+        mask = None if canvas.mask is None else latent_mask(canvas.mask, self.vae.downscale_factor).to(device)
+        moments = self.codec.encode(to_tensor(canvas.pixels)[None], tile)
+        masked = self.codec.encode(masked_image(canvas), tile) if self.sees_mask else None
+        return Ground(moments, mask, masked)
 
     def _draw(
         self,
         prompts: Sequence[str],
+        negatives: Sequence[str],
         seeds: Sequence[int],
-        negative_prompt: str,
-        sampler: str,
+        options: Options,
         sigmas: Tensor,
-        guidance_scale: float,
-        height: int,
-        width: int,
+        size: tuple[int, int],
+        ground: "Ground | None",
+        callback: Progress | None,
     ) -> Tensor:
         """Return (B, C, h, w) latents in float32."""
+        assert options.sampler and options.spacing and options.guidance_scale is not None
         device, dtype = self.unet.conv_in.weight.device, self.unet.conv_in.weight.dtype
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         factor = self.vae.downscale_factor
-        shape = (self.vae.config["latent_channels"], height // factor, width // factor)
+        shape = (self.vae.config["latent_channels"], size[0] // factor, size[1] // factor)
 
         def noise(_: Tensor | None = None) -> Tensor:
             # Each picture has its own generator, on the CPU: the same draws on every device and in every batch.
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
+        # The draws come in diffusers' order: posterior, noise, posterior of the masked picture, then the sampler's.
+        first = float(sigmas[0])
+        from_noise = ground is None or (ground.mask is not None and options.strength == 1)
+        x_0 = extra = None
+        if ground is not None and not (from_noise and self.sees_mask):
+            x_0 = self.vae.latents(ground.moments, noise())
+        eps = noise()
+        if from_noise:
+            x = start(eps, sigmas, self.schedule, options.sampler, options.spacing)
+        else:
+            assert x_0 is not None
+            x = x_0 + first * eps
+        if ground is not None and ground.mask is not None and ground.masked is not None:
+            seen = self.vae.latents(ground.masked, noise())
+            extra = torch.cat([ground.mask.round().expand(len(seen), -1, -1, -1), seen], dim=1)
+
         def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            if extra is not None:
+                x_t = torch.cat([x_t, extra.repeat(len(x_t) // len(extra), 1, 1, 1)], dim=1)
             return self.unet(x_t.to(dtype, memory_format=torch.channels_last), t, context)
 
-        context = self.conditioner(prompts).to(dtype)
-        null_context = self.conditioner([negative_prompt]).to(dtype)
-        denoiser = Denoiser(network, self.schedule, self.prediction_type)
-        denoise = GuidedDenoiser(denoiser, context, null_context, guidance_scale)
-        x = SAMPLERS[sampler](denoise, from_vp(noise(), float(sigmas[0])), sigmas, noise)
-        return to_vp(x, float(sigmas[-1]))
+        distinct = negatives if len(set(negatives)) > 1 else negatives[:1]
+        context, null_context = (self.conditioner(t, options.clip_skip).to(dtype) for t in (prompts, distinct))
+        denoise: Any = GuidedDenoiser(
+            Denoiser(network, self.schedule, self.prediction_type),
+            context,
+            null_context,
+            options.guidance_scale,
+            options.guidance_rescale,
+            options.guidance_interval or (0.0, float("inf")),
+        )
+        masked = None
+        if ground is not None and ground.mask is not None and not self.sees_mask:
+            assert x_0 is not None
+            denoise = masked = MaskedDenoiser(denoise, x_0, eps, ground.mask, first if from_noise else None)
+
+        def report(step: int, _: Tensor, denoised: Tensor) -> None:
+            if callback is not None:
+                callback(step, len(sigmas) - 1, denoised)
+
+        more = {"eta": options.eta} if options.eta else {}
+        x = SAMPLERS[options.sampler](denoise, x, sigmas, noise, callback=report, **more)
+        latents = to_vp(x, float(sigmas[-1]))  # only a variance-preserving grid ends above 0
+        return latents if masked is None or x_0 is None else masked.keep(latents, x_0)
 
 
 def find_device(device: str) -> torch.device:

@@ -1,62 +1,101 @@
-"""What `sample.py` does: prompts from the command line or a file, pictures into a folder."""
+"""What `sample.py` does: prompts from the command line, a file or a picture; pictures into a folder."""
 
+import hashlib
 import os
 import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ldm import __version__
 from ldm.config import SampleConfig, check
 from ldm.errors import UserError
 
+PARTS = ("vae", "text_encoder", "unet", "tokenizer", "prediction_type", "variant")
+CANVAS = ("height", "width", "init_image", "mask", "mask_blur", "outpaint", "vae_tile")
+MOST_COPIES = 1024  # of a picture that is drawn again, whatever its file says
 
-def sample(values: dict[str, Any]) -> list[Path]:
+
+def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path]:
     """Draw `num_images` pictures of each prompt; picture i of the call is drawn from `seed + i`.
 
     Each becomes `NNNN-SEED-slug.png` in `out` as soon as its batch is done, with its settings in its text chunks;
     several are laid out in `grid.png` too.
 
+    Args:
+        values: of `SampleConfig`.
+        stated: the keys that a person has said: with `from_image` they stand, the others come from the picture.
+
     Returns:
         The files written, the grid last.
 
     Raises:
-        UserError: bad settings; `ckpt` or `prompt_file` is not there; `out` cannot be written.
+        UserError: bad settings; a file that is not there or cannot be read; `out` cannot be written.
     """
+    place, copies = 0, 1
+    if values.get("from_image"):
+        values, place, copies = _again(values, stated)
     config = check(SampleConfig, values)
-    prompts = [prompt for prompt in _prompts(config) for _ in range(config.num_images)]
-    from ldm.weights.folder import find_model
+    prompts, seeds = _asked(config)
+    from ldm.weights.hub import check_source
 
-    find_model(config.ckpt)  # before anything is made, and before torch has done its work
+    check_source(config.ckpt)  # before anything is made, and before torch has done its work
     out = Path(config.out).expanduser()
     _check_writable(out)
     from ldm.data.images import to_pixels
     from ldm.gallery import grid, save_png, slug
+    from ldm.options import Options, default_strength
     from ldm.pipeline import LatentDiffusionPipeline
+    from ldm.progress import progress
 
-    pipeline = LatentDiffusionPipeline.from_pretrained(config.ckpt, dtype=config.dtype, device=config.device)
-    options: dict[str, Any] = {
-        "steps": config.steps,
-        "sampler": config.sampler,
-        "guidance_scale": config.guidance_scale,
-        "height": config.height or pipeline.default_size,
-        "width": config.width or pipeline.default_size,
-    }
-    options = {key: pipeline.settings.get(key) if value is None else value for key, value in options.items()}
-    seeds = [config.seed + i for i in range(len(prompts))]
-    images = pipeline.generate(prompts, seeds, config.negative_prompt, batch_size=config.batch_size, **options)
+    parts = {name: getattr(config, name) for name in PARTS}
+    pipeline = LatentDiffusionPipeline.from_pretrained(config.ckpt, config.dtype, config.device, **parts)
+    options = vars(pipeline.resolve(Options(**{name: getattr(config, name) for name in vars(Options())})))
+    canvas = {name: getattr(config, name) for name in CANVAS}
+    if config.init_image is None:
+        canvas |= {"height": config.height or pipeline.default_size, "width": config.width or pipeline.default_size}
+    else:
+        options["strength"] = options["strength"] or default_strength(bool(config.mask or config.outpaint))
+    hashing = ThreadPoolExecutor(1).submit(_digest, pipeline.unet_file)  # of gigabytes, while pictures are drawn
     cut = {p for p in prompts if pipeline.conditioner.num_tokens(p) > pipeline.conditioner.max_length}
     for prompt in sorted(cut):
         print(f"warning: only the first {pipeline.conditioner.max_length} tokens are read of: {prompt}")
 
-    files, drawn, started = [], [], time.monotonic()
-    for i, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):
-        settings = {"prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed, **options}
-        files.append(out / f"{i:04d}-{seed}-{slug(prompt)}.png")
-        drawn.append(to_pixels(image))
-        try:
-            out.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
-            save_png(files[-1], drawn[-1], {**settings, "dtype": config.dtype, "model": Path(config.ckpt).name})
-        except OSError as error:
-            raise UserError(f"out={config.out} cannot be written: {error}") from error
+    # A picture drawn again takes the place in a batch of the size that it had: so it is the same to the last bit.
+    num, size = len(prompts), copies if copies > 1 else config.batch_size
+    num_steps = int(options["steps"] * (options["strength"] or 1)) * -(-num * copies // size)
+    fixed = {"ckpt": config.ckpt, **parts, **options, **canvas, "dtype": config.dtype, "device": config.device}
+    for name in ("init_image", "mask"):
+        if config.init_image and getattr(config, name):
+            fixed[f"{name}_sha256"] = _digest(Path(getattr(config, name)).expanduser())
+    files: list[Path] = []
+    drawn, started = [], time.monotonic()
+    with progress("drawing", num_steps, "steps") as advance:
+        images = pipeline.generate(
+            prompts * copies,
+            seeds * copies,
+            config.negative_prompt,
+            batch_size=size,
+            callback=lambda *_: advance(),
+            **canvas,
+            **options,
+        )
+        for i, image in enumerate(images):
+            if copies > 1 and i != place:
+                continue
+            j = i % num
+            settings = {"prompt": prompts[j], "negative_prompt": config.negative_prompt, "seed": seeds[j], **fixed}
+            settings |= {"batch": [i % size, min(size, num * copies - i // size * size)]}
+            settings |= {"size": [image.shape[2], image.shape[1]], "model": Path(config.ckpt).name}
+            settings |= {"model_hash": hashing.result(), "ldm_version": __version__}
+            files.append(out / f"{len(files):04d}-{seeds[j]}-{slug(prompts[j])}.png")
+            drawn.append(to_pixels(image))
+            try:
+                out.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
+                save_png(files[-1], drawn[-1], settings)
+            except OSError as error:
+                raise UserError(f"out={config.out} cannot be written: {error}") from error
     print(f"{len(files)} pictures in {time.monotonic() - started:.1f} s: {out}/")
     if len(files) > 1:
         files.append(out / "grid.png")
@@ -64,6 +103,15 @@ def sample(values: dict[str, Any]) -> list[Path]:
         save_png(files[-1], grid(drawn, captions=captions, scale=max(1, 128 // drawn[0].shape[1])))
         print(f"grid: {files[-1]}")
     return files
+
+
+def _asked(config: SampleConfig) -> tuple[list[str], list[int]]:
+    """Return a prompt and a seed for each picture."""
+    prompts = _prompts(config)
+    if isinstance(config.seed, list):
+        return [prompt for prompt in prompts for _ in config.seed], config.seed * len(prompts)
+    prompts = [prompt for prompt in prompts for _ in range(config.num_images)]
+    return prompts, [config.seed + i for i in range(len(prompts))]
 
 
 def _prompts(config: SampleConfig) -> list[str]:
@@ -77,6 +125,45 @@ def _prompts(config: SampleConfig) -> list[str]:
     if not prompts:
         raise UserError(f"prompt_file={config.prompt_file} holds no prompt")
     return prompts
+
+
+def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str, Any], int, int]:
+    """Return the config that a picture of ours was drawn with, its place in its batch, and that batch's size.
+
+    The picture's text is data like a config's: it is checked by the schema.
+
+    Raises:
+        UserError: the file holds no settings, or a picture that it was drawn upon has changed since.
+    """
+    from ldm.gallery import read_settings
+
+    path = Path(values["from_image"]).expanduser()
+    found = read_settings(path)
+    kept = {name: value for name, value in found.items() if name in SampleConfig.model_fields and name not in stated}
+    if "prompt_file" in stated:
+        kept.pop("prompt", None)
+    if "init_image" in stated and values["init_image"] is None:
+        kept |= {"mask": None, "outpaint": None, "mask_blur": 0, "strength": None}
+    for name in ("init_image", "mask"):
+        before = found.get(f"{name}_sha256")
+        if isinstance(kept.get(name), str) and before != _digest(Path(kept[name]).expanduser()):
+            raise UserError(
+                f"{name}={kept[name]} is not there as {path} was drawn with it: put it back, or name one with {name}=…"
+            )
+    place, size = 0, 1
+    if not {"prompt", "prompt_file", "num_images", "seed", "batch_size"} & set(stated):
+        match found.get("batch"):
+            case [int(at), int(of)] if 0 <= at < of <= MOST_COPIES:
+                place, size = at, of
+    return {**values, **kept}, place, size
+
+
+def _digest(path: Path | None) -> str | None:
+    """Return a file's SHA-256, or None where there is none to read."""
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_writable(folder: Path) -> None:

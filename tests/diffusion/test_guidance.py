@@ -1,9 +1,12 @@
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import GuidedDenoiser, drop_captions
+from ldm.diffusion.schedule import NoiseSchedule
 
 
 class CountingDenoiser:
@@ -87,3 +90,53 @@ def test_a_mask_that_is_not_per_sample_is_refused(drop):
     _, context, null_context = draw()
     with pytest.raises(ValueError, match=r"drop must be bool of shape \(3,\)"):
         drop_captions(context, null_context, drop)
+
+
+# ---------------------------------------------------------------------------------------------- rescale and interval
+
+
+def network(x_t, t, context):
+    return torch.tanh(x_t + context.mean((1, 2))[:, None, None, None]) + t[:, None, None, None].to(x_t) / 2000
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
+def test_rescaling_is_that_of_diffusers_on_what_the_network_predicts(prediction_type, phi):
+    x, context, null_context = draw()
+    schedule = NoiseSchedule()
+    denoiser = Denoiser(network, schedule, prediction_type)
+    for t in (10, 500, 990):
+        sigma = schedule.t_to_sigma(t)
+        x_t = x / (1 + sigma**2) ** 0.5
+        times = torch.full((3,), float(t))
+        null, cond = network(x_t, times, null_context.expand(3, -1, -1)), network(x_t, times, context)
+        expected = rescale_noise_cfg(null + 5 * (cond - null), cond, guidance_rescale=phi)
+        guided = GuidedDenoiser(denoiser, context, null_context, 5.0, rescale=phi)(x, sigma)
+        torch.testing.assert_close(guided, denoiser.to_denoised(expected, x, sigma), rtol=1e-9, atol=1e-9)
+
+
+def test_full_rescaling_gives_the_spread_of_the_condition():
+    x, context, null_context = draw()
+    denoiser = Denoiser(network, NoiseSchedule(), "v_prediction")
+    guided = GuidedDenoiser(denoiser, context, null_context, 9.0, rescale=1.0)(x, 3.0)
+    spread = denoiser.to_prediction(guided, x, 3.0).std((1, 2, 3))
+    torch.testing.assert_close(spread, denoiser.to_prediction(denoiser(x, 3.0, context), x, 3.0).std((1, 2, 3)))
+
+
+@pytest.mark.parametrize(("sigma", "guides"), [(0.5, False), (1.0, False), (1.01, True), (4.0, True), (4.01, False)])
+def test_outside_of_its_interval_the_condition_runs_alone(sigma, guides):
+    x, context, null_context = draw()
+    denoiser = CountingDenoiser()
+    found = GuidedDenoiser(denoiser, context, null_context, 7.5, interval=(1.0, 4.0))(x, sigma)
+    assert denoiser.batches == ([6] if guides else [3])
+    expected = GuidedDenoiser(CountingDenoiser(), context, null_context, 7.5 if guides else 1.0)(x, sigma)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rescale": 1.1}, {"rescale": -0.1}, {"interval": (2.0, 1.0)}, {"interval": (-1, 1)}]
+)
+def test_options_out_of_range_are_refused(options):
+    _, context, null_context = draw()
+    with pytest.raises(ValueError, match=r"rescale is|interval is"):
+        GuidedDenoiser(CountingDenoiser(), context, null_context, 7.5, **options)

@@ -1,11 +1,18 @@
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm.diffusion.schedule import BETA_SCHEDULES, NoiseSchedule
+from ldm.diffusion.schedule import (
+    BETA_SCHEDULES,
+    TERMINAL_SIGMA,
+    FlowSchedule,
+    NoiseSchedule,
+    rescale_zero_terminal_snr,
+    schedule_from_config,
+)
 
 ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
 SCHEDULES = {name: NoiseSchedule(name, *ENDS[name]) for name in BETA_SCHEDULES}
@@ -164,8 +171,12 @@ def test_config_round_trips_through_diffusers(name, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas must be num_train_timesteps=1000 numbers between 0 and 1"),
+        ({"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "trained_betas must be"),
+        ({"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "needs 2 timesteps"),
+        ({"timestep_type": "continuous"}, "timestep_type='continuous', which is not supported"),
+        ({"thresholding": True}, "thresholding=True"),
+        ({"use_lu_lambdas": True}, "use_lu_lambdas"),
         ({"beta_schedule": "sigmoid"}, "'sigmoid'; choose one of linear, scaled_linear, squaredcos_cap_v2"),
         ({"beta_start": 0.5}, "0 < beta_start <= beta_end < 1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
@@ -179,3 +190,165 @@ def test_from_config_refuses_what_it_cannot_do(change, message):
 def test_from_config_names_what_is_missing():
     with pytest.raises(ValueError, match="lacks beta_start, beta_end"):
         NoiseSchedule.from_config({"num_train_timesteps": 1000, "beta_schedule": "linear"})
+
+
+# --- zero terminal SNR and betas of one's own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_zero_terminal_snr_is_alg_1(name):
+    schedule = NoiseSchedule(name, *ENDS[name], rescale_betas_zero_snr=True)
+    plain = SCHEDULES[name].alphas_cumprod.sqrt()
+    root = schedule.alphas_cumprod.sqrt()
+    assert root[-1] == 0
+    assert schedule.betas[-1] == 1
+    assert root[0].item() == pytest.approx(plain[0].item(), rel=1e-12)
+    # Shifted and scaled: differences keep their proportions.
+    torch.testing.assert_close(root.diff() / root.diff().sum(), plain.diff() / plain.diff().sum(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(torch.cumprod(1 - schedule.betas, 0), schedule.alphas_cumprod, rtol=1e-9, atol=0)
+    assert torch.equal(rescale_zero_terminal_snr(SCHEDULES[name].alphas_cumprod), schedule.alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_zero_terminal_snr_is_diffusers(name):
+    start, end = ENDS[name]
+    ours = NoiseSchedule(name, start, end, rescale_betas_zero_snr=True)
+    theirs = DDIMScheduler(1000, start, end, name, rescale_betas_zero_snr=True)
+    torch.testing.assert_close(ours.betas, theirs.betas.double(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.alphas_cumprod.sqrt(), theirs.alphas_cumprod.double().sqrt(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_sigmas_stay_finite_and_rise_to_pure_noise(name):
+    schedule = NoiseSchedule(name, *ENDS[name], rescale_betas_zero_snr=True)
+    assert schedule.zero_terminal_snr
+    assert schedule.sigmas.isfinite().all()
+    assert (schedule.sigmas.diff() > 0).all()
+    assert schedule.sigma_to_t(schedule.sigmas[-1].item()) == schedule.sigma_to_t(2.0**24) == 999
+    assert schedule.t_to_sigma(999) == pytest.approx(schedule.sigmas[-1].item())
+    if name == "linear":
+        # Two timesteps before it are above 4096 already. diffusers puts 4096 all the same, and its sigmas fall there.
+        assert schedule.sigmas[-1] == 2 * schedule.sigmas[-2] > 2 * TERMINAL_SIGMA
+    else:
+        assert schedule.sigmas[-1] == TERMINAL_SIGMA
+
+
+def test_training_sees_pure_noise_at_the_last_timestep():
+    schedule = NoiseSchedule(rescale_betas_zero_snr=True)
+    x_0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([999, 998])
+    alpha, sigma = schedule.coefficients(t, x_0)
+    assert (alpha[0].item(), sigma[0].item()) == (0, 1)
+    assert alpha[1] > 0
+    assert torch.equal(schedule.add_noise(x_0, noise, t)[0], noise[0])
+
+
+def test_trained_betas_are_diffusers(tmp_path):
+    betas = torch.linspace(0.01, 0.3, 20).square().tolist()
+    schedule = NoiseSchedule(num_train_timesteps=20, trained_betas=betas)
+    theirs = DDIMScheduler(20, trained_betas=betas)
+    torch.testing.assert_close(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=1e-5, atol=0)
+    theirs.save_pretrained(tmp_path)
+    loaded = NoiseSchedule.from_config(DDIMScheduler.load_config(tmp_path))
+    assert torch.equal(loaded.betas, schedule.betas)
+    rescaled = NoiseSchedule(num_train_timesteps=20, trained_betas=betas, rescale_betas_zero_snr=True)
+    assert rescaled.alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseSchedule(rescale_betas_zero_snr=True),
+        NoiseSchedule(num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3]),
+        NoiseSchedule("linear", 1e-4, 0.02),
+    ],
+    ids=["zero terminal snr", "trained betas", "linear"],
+)
+def test_every_config_round_trips_through_diffusers(schedule, tmp_path):
+    DDIMScheduler.from_config(schedule.config | {"prediction_type": "v_prediction"}).save_pretrained(tmp_path)
+    loaded = schedule_from_config(DDIMScheduler.load_config(tmp_path))
+    assert isinstance(loaded, NoiseSchedule)
+    assert loaded.config == schedule.config
+    assert torch.equal(loaded.alphas_cumprod, schedule.alphas_cumprod)
+
+
+def test_alpha_keeps_the_variance():
+    schedule = NoiseSchedule()
+    for t in (0, 500, 999):
+        assert schedule.alpha(schedule.t_to_sigma(t)) == pytest.approx(schedule.alphas_cumprod[t].sqrt().item())
+
+
+# --- flows -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 0.999), st.integers(1, 2000))
+def test_a_flow_s_sigma_is_s_over_1_minus_s(s, num_train_timesteps):
+    schedule = FlowSchedule(num_train_timesteps)
+    sigma = s / (1 - s)
+    assert schedule.alpha(sigma) == pytest.approx(1 - s)
+    assert schedule.sigma_to_t(sigma) == pytest.approx(s * num_train_timesteps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_flow_s_shift_is_diffusers(shift):
+    theirs = FlowMatchEulerDiscreteScheduler(1000, shift)
+    s = torch.arange(1000, 0, -1, dtype=torch.float64).numpy() / 1000
+    torch.testing.assert_close(torch.from_numpy(FlowSchedule(1000, shift).shifted(s)).float(), theirs.sigmas)
+
+
+def test_a_flow_s_config_round_trips_through_diffusers(tmp_path):
+    schedule = FlowSchedule(500, 3.0)
+    FlowMatchEulerDiscreteScheduler.from_config(schedule.config).save_pretrained(tmp_path)
+    loaded = schedule_from_config(FlowMatchEulerDiscreteScheduler.load_config(tmp_path))
+    assert isinstance(loaded, FlowSchedule)
+    assert loaded.config == schedule.config == {"num_train_timesteps": 500, "shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True, which is not supported"),
+        ({"shift_terminal": 0.1}, "shift_terminal=0.1"),
+        ({"invert_sigmas": True}, "invert_sigmas"),
+        ({"stochastic_sampling": True}, "stochastic_sampling"),
+        ({"shift": 0.0}, "shift is 0.0"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        ({"prediction_type": "epsilon"}, "ends in pure noise"),
+    ],
+)
+def test_a_flow_refuses_what_it_cannot_do(change, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0} | change)
+
+
+# --- which schedule? -------------------------------------------------------------------------------------------------
+
+
+def test_the_config_says_which_schedule():
+    plain = NoiseSchedule().config
+    sampler_keys = {"solver_order": 3, "algorithm_type": "dpmsolver++", "use_karras_sigmas": True, "steps_offset": 1}
+    for config in (
+        plain,
+        plain | {"_class_name": "PNDMScheduler"} | sampler_keys,
+        plain | {"prediction_type": "sample"},
+    ):
+        assert isinstance(schedule_from_config(config), NoiseSchedule)
+    as_flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    for config in ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, plain | sampler_keys | as_flow):
+        schedule = schedule_from_config(config)
+        assert isinstance(schedule, FlowSchedule)
+        assert schedule.config == {"num_train_timesteps": 1000, "shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_type": "eps"}, "'eps'; choose one of epsilon"),
+        ({"rescale_betas_zero_snr": True}, "ends in pure noise"),  # epsilon, unless said otherwise
+        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "train with v_prediction"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+    ],
+)
+def test_configs_that_cannot_be_sampled_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_from_config(NoiseSchedule().config | change)

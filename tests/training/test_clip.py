@@ -18,7 +18,8 @@ from ldm.nn.clip import CLIP, TextTower
 from ldm.training import fit, stages
 from ldm.training.clip import ClipModule
 from ldm.training.module import StageModule
-from ldm.weights.folder import load_network, load_tokenizer
+from ldm.weights.folder import load_network
+from ldm.weights.tokenizer import load_tokenizer
 from runs import tiny_config
 
 STAGE = {

@@ -3,14 +3,13 @@
 B batch, C channels, h w latents, L tokens, D width.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.parameterization import check_prediction_type, to_denoised
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.parameterization import check_prediction_type, to_denoised, to_prediction
+from ldm.diffusion.schedule import FlowSchedule, NoiseSchedule
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """network(x_t, t, context) -> prediction, of x_t's shape."""
@@ -19,12 +18,14 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Denoiser:
     """Wrap a network and its schedule as x̂_0 = D(x, sigma, context) at x = x_0 + sigma·ε (arXiv:2206.00364 Eq. 7).
 
+    The network sees x_t = alpha x, where alpha depends on the schedule.
+
     Raises:
-        ValueError: an unknown `prediction_type`.
+        ValueError: an unknown `prediction_type`, or `epsilon` with a schedule that ends in pure noise.
     """
 
-    def __init__(self, network: Network, schedule: NoiseSchedule, prediction_type: str) -> None:
-        check_prediction_type(prediction_type)
+    def __init__(self, network: Network, schedule: NoiseSchedule | FlowSchedule, prediction_type: str) -> None:
+        check_prediction_type(prediction_type, schedule.zero_terminal_snr)
         self.network = network
         self.schedule = schedule
         self.prediction_type = prediction_type
@@ -32,8 +33,7 @@ class Denoiser:
     def __call__(self, x: Tensor, sigma: float, context: Tensor) -> Tensor:
         """Estimate x_0.
 
-        The network sees x_t = x / √(1 + sigma²), of about unit variance, and t as (B,) float32: whole where sigma is
-        a training timestep's, fractional between two.
+        The network sees t as (B,) float32: whole where sigma is a training timestep's, fractional between two.
 
         Args:
             x: (B, C, h, w) x_0 + sigma·ε.
@@ -43,13 +43,20 @@ class Denoiser:
         Returns:
             (B, C, h, w) x̂_0 in x's dtype.
         """
-        # The VP state at this noise level: alpha² + sigma_t² = 1 and sigma_t / alpha = sigma.
-        alpha = 1 / math.sqrt(1 + sigma**2)
-        sigma_t = sigma * alpha
         t = self.schedule.sigma_to_t(sigma)
         if abs(t - round(t)) < 1e-4:
             t = round(t)
-        x_t = x * alpha
+        x_t = x * self.schedule.alpha(sigma)
         prediction = self.network(x_t, torch.full((len(x),), t, dtype=torch.float32, device=x.device), context)
         # Under autocast the prediction comes in half precision; sigma · prediction must not be rounded to that.
-        return to_denoised(self.prediction_type, prediction.to(x.dtype), x_t, alpha, sigma_t)
+        return self.to_denoised(prediction.to(x.dtype), x, sigma)
+
+    def to_denoised(self, prediction: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """Turn the network's prediction for x: (B, C, h, w) x_0 + sigma·ε into x̂_0."""
+        alpha = self.schedule.alpha(sigma)
+        return to_denoised(self.prediction_type, prediction, alpha * x, alpha, alpha * sigma)
+
+    def to_prediction(self, denoised: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """Turn x̂_0 into the network's prediction for x: (B, C, h, w) x_0 + sigma·ε, the inverse of `to_denoised`."""
+        alpha = self.schedule.alpha(sigma)
+        return to_prediction(self.prediction_type, denoised, alpha * x, alpha, alpha * sigma)

@@ -3,11 +3,14 @@
 B batch, C channels, h w latents, L tokens, D width.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
 
 
 def _expand_null(null_context: Tensor, context: Tensor) -> Tensor:
@@ -53,17 +56,20 @@ class GuidedDenoiser:
     """Guide a denoiser towards its context and away from the null context: `denoise(x, sigma) -> x̂_0` for a sampler.
 
     arXiv:2207.12598 Eq. 6 in terms of x̂_0:  D = D_null + w (D_cond - D_null), with w the `guidance_scale`, which is
-    the paper's 1 + w. w = 1 is no guidance and runs the network on the condition alone; otherwise both halves run as
-    one batch.
+    the paper's 1 + w. Both halves run as one batch. Where w = 1 or outside of the interval there is no guidance, and
+    the network runs on the condition alone.
 
     Args:
-        denoiser: D(x, sigma, context) -> x̂_0.
+        denoiser: a `Denoiser`; where `rescale` is 0, any D(x, sigma, context) -> x̂_0.
         context: (B, L, D).
         null_context: (1, L, D), or (B, L, D) with a negative prompt for each sample.
         guidance_scale: w.
+        rescale: φ in [0, 1], how far the network's guided prediction is brought back to the standard deviation that
+            it has without guidance (arXiv:2305.08891 §3.4); 0 leaves it as it is.
+        interval: guide where low < sigma <= high only (arXiv:2404.07724 §3).
 
     Raises:
-        ValueError: `null_context` does not fit `context`.
+        ValueError: `null_context` does not fit `context`, or `rescale` or `interval` is out of range.
     """
 
     def __init__(
@@ -72,16 +78,32 @@ class GuidedDenoiser:
         context: Tensor,
         null_context: Tensor,
         guidance_scale: float,
+        rescale: float = 0.0,
+        interval: tuple[float, float] = (0.0, math.inf),
     ) -> None:
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale is {rescale}; choose 0 (off) to 1")
+        if not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"interval is {interval}; need 0 <= low < high, noise levels")
         self.denoiser = denoiser
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.rescale, self.interval = guidance_scale, rescale, interval
         self.context = context
         if guidance_scale != 1:
-            self.context = torch.cat([_expand_null(null_context, context), context])
+            self.both = torch.cat([_expand_null(null_context, context), context])
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Estimate x_0 for x: (B, C, h, w) in the coordinates x_0 + sigma·ε."""
-        if self.guidance_scale == 1:
+        low, high = self.interval
+        if self.guidance_scale == 1 or not low < sigma <= high:
             return self.denoiser(x, sigma, self.context)
-        null, cond = self.denoiser(torch.cat([x, x]), sigma, self.context).chunk(2)
-        return null + self.guidance_scale * (cond - null)
+        null, cond = self.denoiser(torch.cat([x, x]), sigma, self.both).chunk(2)
+        guided = null + self.guidance_scale * (cond - null)
+        return self._rescaled(guided, cond, x, sigma) if self.rescale else guided
+
+    def _rescaled(self, guided: Tensor, cond: Tensor, x: Tensor, sigma: float) -> Tensor:
+        # The paper's x_cfg and x_pos are what the network predicts, v or ε, not x̂_0.
+        assert isinstance(self.denoiser, Denoiser)
+        guided, cond = (self.denoiser.to_prediction(denoised, x, sigma) for denoised in (guided, cond))
+        # x_rescaled = x_cfg · std(x_pos) / std(x_cfg), and of that φ x_rescaled + (1 - φ) x_cfg
+        ratio = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+        return self.denoiser.to_denoised(guided * (self.rescale * ratio + 1 - self.rescale), x, sigma)

@@ -1,10 +1,13 @@
-"""The noise schedule: how much noise each training timestep holds.
+"""Noise schedules: how much noise each training timestep holds.
+
+Two kinds: the variance-preserving `NoiseSchedule` and the straight paths of `FlowSchedule`; `schedule_from_config`
+builds the one that a diffusers scheduler config describes.
 
 B batch, C channels, h w latents, T training steps.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +15,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ldm.diffusion.parameterization import check_prediction_type
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+TERMINAL_SIGMA = 2.0**12
+"""Stands for the sigma = ∞ of pure noise (ᾱ = 0) where one must calculate with it, as diffusers has it: ᾱ = 2^-24."""
 
 
 def make_betas(beta_schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> Tensor:
@@ -40,6 +48,19 @@ def make_betas(beta_schedule: str, beta_start: float, beta_end: float, num_train
     raise ValueError(f"beta_schedule is {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}")
 
 
+def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale √ᾱ so that the first stays and the last is 0 (arXiv:2305.08891 Alg. 1).
+
+    Args:
+        alphas_cumprod: (T,) ᾱ, falling; T at least 2.
+
+    Returns:
+        (T,) ᾱ, the last exactly 0.
+    """
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+
+
 class NoiseSchedule:
     """Hold the tables of a variance-preserving diffusion: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε.
 
@@ -47,8 +68,16 @@ class NoiseSchedule:
     the noise level of the same state in the coordinates x_0 + sigma·ε that samplers use. The defaults are those of
     Stable Diffusion.
 
+    Args:
+        beta_schedule, beta_start, beta_end: see `make_betas`.
+        num_train_timesteps: T.
+        trained_betas: T betas in (0, 1) to take instead.
+        rescale_betas_zero_snr: end in pure noise, see `rescale_zero_terminal_snr`. Then the last ᾱ is 0 and the last
+            sigma, which is infinite, is a large number: `TERMINAL_SIGMA`, or more where the one before is that large.
+
     Raises:
-        ValueError: an unknown `beta_schedule`, betas outside 0 < beta_start <= beta_end < 1, or no timesteps.
+        ValueError: an unknown `beta_schedule`, betas outside 0 < beta_start <= beta_end < 1, no timesteps,
+            `trained_betas` that are not T numbers in (0, 1), or fewer than two timesteps to rescale.
 
     >>> schedule = NoiseSchedule()
     >>> round(schedule.t_to_sigma(999), 3)
@@ -63,6 +92,8 @@ class NoiseSchedule:
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         num_train_timesteps: int = 1000,
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
     ) -> None:
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(
@@ -70,14 +101,31 @@ class NoiseSchedule:
             )
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {num_train_timesteps}; need at least 1")
+        if rescale_betas_zero_snr and num_train_timesteps < 2:
+            raise ValueError("rescale_betas_zero_snr needs 2 timesteps: one to keep and one to make pure noise")
         self.beta_schedule = beta_schedule
         self.beta_start = beta_start
         self.beta_end = beta_end
         self.num_train_timesteps = num_train_timesteps
+        self.trained_betas = None if trained_betas is None else [float(beta) for beta in trained_betas]
+        self.zero_terminal_snr = rescale_betas_zero_snr
 
-        self.betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
+        if self.trained_betas is None:
+            self.betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
+        else:
+            self.betas = torch.tensor(self.trained_betas, dtype=torch.float64, device="cpu")
+            if len(self.betas) != num_train_timesteps or not ((self.betas > 0) & (self.betas < 1)).all():
+                raise ValueError(
+                    f"trained_betas must be num_train_timesteps={num_train_timesteps} numbers between 0 and 1"
+                )
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+        if rescale_betas_zero_snr:
+            self.alphas_cumprod = rescale_zero_terminal_snr(self.alphas_cumprod)
+            self.betas[1:] = 1 - self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]
         self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        if rescale_betas_zero_snr:
+            before = self.sigmas[-2].item()
+            self.sigmas[-1] = TERMINAL_SIGMA if before < TERMINAL_SIGMA else 2 * before
 
         self._log_sigmas = self.sigmas.log().numpy()
         self._steps = np.arange(num_train_timesteps, dtype=np.float64)
@@ -91,6 +139,8 @@ class NoiseSchedule:
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "beta_schedule": self.beta_schedule,
+            "trained_betas": self.trained_betas,
+            "rescale_betas_zero_snr": self.zero_terminal_snr,
         }
 
     @classmethod
@@ -98,21 +148,26 @@ class NoiseSchedule:
         """Build the schedule that a diffusers `scheduler_config.json` describes; keys of the sampler are passed over.
 
         Raises:
-            ValueError: a key of the schedule is missing, or the config asks for betas that this class does not make
-                (`trained_betas`, `rescale_betas_zero_snr`, an unknown `beta_schedule`).
+            ValueError: a key of the schedule is missing, or the config asks for what this class does not have.
         """
-        for key in ("trained_betas", "rescale_betas_zero_snr"):
-            value = config.get(key)
-            if value is not None and value is not False:
-                raise ValueError(
-                    f"the scheduler config sets {key}, which is not supported: its betas would not be those of the "
-                    f"beta_schedule it names; use a model whose scheduler_config.json leaves {key} unset"
-                )
+        _refuse_others(
+            config,
+            timestep_type="discrete",
+            interpolation_type="linear",
+            thresholding=False,
+            use_flow_sigmas=False,
+            use_beta_sigmas=False,
+            use_lu_lambdas=False,
+        )
         keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
         missing = [key for key in keys if key not in config]
         if missing:
             raise ValueError(f"the scheduler config lacks {', '.join(missing)}; add what the model was trained with")
-        return cls(**{key: config[key] for key in keys})
+        return cls(
+            **{key: config[key] for key in keys},
+            trained_betas=config.get("trained_betas"),
+            rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr")),
+        )
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look up alpha = √ᾱ_t and sigma = √(1 - ᾱ_t), one pair per sample.
@@ -171,6 +226,10 @@ class NoiseSchedule:
         alpha, sigma = self.coefficients(t, x_0)
         return (alpha * x_0 + sigma * noise).to(x_0.dtype)
 
+    def alpha(self, sigma: float) -> float:
+        """Give the alpha of x_t = alpha (x_0 + sigma·ε) at a noise level: alpha² + (alpha sigma)² = 1."""
+        return 1 / math.sqrt(1 + sigma**2)
+
     def t_to_sigma(self, t: float) -> float:
         """Give the noise level at a timestep, linear in log sigma between integers, clamped to the schedule's ends."""
         return math.exp(np.interp(t, self._steps, self._log_sigmas))
@@ -184,3 +243,103 @@ class NoiseSchedule:
         if sigma <= 0:
             return 0.0
         return float(np.interp(math.log(sigma), self._log_sigmas, self._steps))
+
+
+class FlowSchedule:
+    """Describe a rectified flow: x_t = (1 - s) x_0 + s ε along straight paths, s in [0, 1] (arXiv:2209.03003).
+
+    Its noise level in the coordinates x_0 + sigma·ε is sigma = s / (1 - s), without end as s goes to 1. The network is
+    asked at t = s·T.
+
+    Args:
+        num_train_timesteps: T.
+        shift: moves sampling towards noise, see `shifted`; 1 leaves it uniform in s.
+
+    Raises:
+        ValueError: no timesteps, or a `shift` that is not above 0.
+
+    >>> schedule = FlowSchedule()
+    >>> schedule.sigma_to_t(1.0)
+    500.0
+    """
+
+    zero_terminal_snr = True
+
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {num_train_timesteps}; need at least 1")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift is {shift}; it must be above 0")
+        self.num_train_timesteps = num_train_timesteps
+        self.shift = shift
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the schedule's part of diffusers' `scheduler_config.json`."""
+        return {"num_train_timesteps": self.num_train_timesteps, "shift": self.shift}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build the schedule that a diffusers `scheduler_config.json` describes; keys of the sampler are passed over.
+
+        The shift is called `flow_shift` in the configs of schedulers that are not for flows alone.
+
+        Raises:
+            ValueError: the config asks for what this class does not have.
+        """
+        _refuse_others(
+            config,
+            use_dynamic_shifting=False,
+            shift_terminal=None,
+            invert_sigmas=False,
+            stochastic_sampling=False,
+            thresholding=False,
+            use_beta_sigmas=False,
+            use_lu_lambdas=False,
+        )
+        return cls(config.get("num_train_timesteps", 1000), config.get("shift", config.get("flow_shift", 1.0)))
+
+    def shifted(self, s: np.ndarray) -> np.ndarray:
+        """Shift times in [0, 1] by arXiv:2403.03206 Eq. 23:  s' = shift s / (1 + (shift - 1) s)."""
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def alpha(self, sigma: float) -> float:
+        """Give the alpha of x_t = alpha (x_0 + sigma·ε) at a noise level: alpha + alpha sigma = 1."""
+        return 1 / (1 + sigma)
+
+    def sigma_to_t(self, sigma: float) -> float:
+        """Give the timestep t = s·T, fractional between two, of a noise level of at least 0."""
+        return self.num_train_timesteps * sigma / (1 + sigma)
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule | FlowSchedule:
+    """Build the schedule that a diffusers `scheduler_config.json` describes.
+
+    It is a flow if the scheduler is one of diffusers' `FlowMatch…` or the `prediction_type` is `flow_prediction`. Keys
+    that only say how to sample are passed over.
+
+    Raises:
+        ValueError: a key of the schedule is missing; an option that we do not have; an unknown prediction type, or one
+            that the schedule cannot be sampled with.
+    """
+    class_name, prediction_type = config.get("_class_name") or "", config.get("prediction_type")
+    if class_name.startswith("FlowMatch") or prediction_type == "flow_prediction":
+        check_prediction_type(prediction_type or "flow_prediction", zero_terminal_snr=True)
+        return FlowSchedule.from_config(config)
+    schedule = NoiseSchedule.from_config(config)
+    check_prediction_type(prediction_type or "epsilon", schedule.zero_terminal_snr)
+    return schedule
+
+
+def _refuse_others(config: Mapping[str, Any], **supported: Any) -> None:
+    """Refuse a config that sets one of these options to anything but what we have.
+
+    Raises:
+        ValueError: it does; the message names the option.
+    """
+    for key, value in supported.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(
+                f"the scheduler config sets {key}={config[key]!r}, which is not supported (only {value!r}); the model "
+                "would be sampled otherwise than it asks for"
+            )

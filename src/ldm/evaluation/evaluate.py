@@ -20,7 +20,8 @@ def evaluate(values: Mapping[str, Any]) -> dict[str, Any]:
         UserError: bad settings; `ckpt` is no finished model; a metric does not apply to this model.
     """
     config = check(EvaluateConfig, values)
-    from ldm.weights.folder import find_model, save_json
+    from ldm.weights.files import save_json
+    from ldm.weights.hub import find_model
 
     folder = find_model(config.ckpt)
     run_dir = folder.parent if (folder.parent / "config.yaml").is_file() else folder

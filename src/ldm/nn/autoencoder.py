@@ -60,7 +60,15 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList([resize] if isinstance(resize, Upsample) else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+        return self.resize(self.residual(x))
+
+    def residual(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return x
+
+    def resize(self, x: Tensor) -> Tensor:
+        for layer in (*self.downsamplers, *self.upsamplers):
             x = layer(x)
         return x
 
@@ -113,10 +121,19 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.low(self.high(x))
+
+    def high(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to features of latent size (B, C, h, w): what costs memory, and sees but near by."""
         x = self.conv_in(x)
-        for block in self.down_blocks:
+        for block in self.down_blocks[:-1]:
             x = block(x)
-        return self.conv_out(self.conv_act(self.conv_norm_out(self.mid_block(x))))
+        return x
+
+    def low(self, x: Tensor) -> Tensor:
+        """Do what is left to do at latent size."""
+        x = self.mid_block(self.down_blocks[-1](x))
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -150,8 +167,16 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
+        return self.high(self.low(x))
+
+    def low(self, x: Tensor) -> Tensor:
+        """Do what is to be done at latent size: (B, in_channels, h, w) to features (B, C, h, w)."""
+        return self.up_blocks[0].residual(self.mid_block(self.conv_in(x)))
+
+    def high(self, x: Tensor) -> Tensor:
+        """Map features of latent size to images (B, 3, H, W): what costs memory, and sees but near by."""
+        x = self.up_blocks[0].resize(x)
+        for block in self.up_blocks[1:]:
             x = block(x)
         return self.conv_out(self.conv_act(self.conv_norm_out(x)))
 
@@ -252,8 +277,8 @@ class AutoencoderKL(nn.Module):
         """The z of latent 0."""
         return self.config["shift_factor"] or 0.0
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) in [-1, 1] to moments (B, 2C, h, w); see `DiagonalGaussian`.
+    def latent_size(self, image: Tensor) -> tuple[int, int]:
+        """Return h and w of the latents of images (B, 3, H, W).
 
         Raises:
             ValueError: H or W is not divisible by `downscale_factor`.
@@ -265,6 +290,15 @@ class AutoencoderKL(nn.Module):
                 f"AutoencoderKL: images of size {height}x{width} cannot be halved {factor.bit_length() - 1} times; "
                 f"height and width must be divisible by {factor}"
             )
+        return height // factor, width // factor
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [-1, 1] to moments (B, 2C, h, w); see `DiagonalGaussian`.
+
+        Raises:
+            ValueError: H or W is not divisible by `downscale_factor`.
+        """
+        self.latent_size(image)
         moments = self.encoder(image)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 

@@ -26,7 +26,8 @@ from ldm.training.module import StageModule
 from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, check_networks, load_frozen
 from ldm.training.optim import build_optimizer
 from ldm.training.stages import PARTS, is_done, record_result, stage_inputs, stage_steps
-from ldm.weights.folder import save_network, save_pipeline_index, written_atomically
+from ldm.weights.files import written_atomically
+from ldm.weights.folder import save_network, save_pipeline_index
 
 ENCODE_BATCH = 64
 

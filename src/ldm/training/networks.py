@@ -13,7 +13,8 @@ from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.clip import CLIP, TextTower
 from ldm.nn.unet import UNet
 from ldm.training.stages import require_result
-from ldm.weights.folder import find_part, load_network, load_tokenizer
+from ldm.weights.model import load_part
+from ldm.weights.tokenizer import load_text_tokenizer
 
 
 def check_networks(config: TrainConfig, stages: Collection[Stage]) -> None:
@@ -71,7 +72,7 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL, width: int) -> UNet:
     """Build the U-Net that fits a VAE and context of a width: fresh, or with pretrained weights."""
     channels = vae.config["latent_channels"]
     if config.unet.pretrained:
-        unet = load_network(UNet, find_part(config.unet.pretrained, "unet"))
+        unet = load_part(UNet, config.unet.pretrained, option="unet.pretrained")
     else:
         defaults = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
         options = config.unet.options()
@@ -97,20 +98,13 @@ def build_schedule(config: TrainConfig) -> NoiseSchedule:
 
 def load_frozen(config: TrainConfig) -> tuple[AutoencoderKL, Conditioner]:
     """Load the VAE and the conditioner that the U-Net is trained over: pretrained, or earlier stages' results."""
-    vae_folder = (
-        find_part(config.vae.pretrained, "vae")
-        if config.vae.pretrained
-        else require_result(config, "autoencoder") / "vae"
-    )
-    if config.text_encoder.pretrained:
-        text_folder = find_part(config.text_encoder.pretrained, "text_encoder")
-        tokenizer_folder = find_part(config.text_encoder.pretrained, "tokenizer")
-    else:
-        result = require_result(config, "clip")
-        text_folder, tokenizer_folder = result / "text_encoder", result / "tokenizer"
-    vae = load_network(AutoencoderKL, vae_folder).requires_grad_(False)
+    vae_source = config.vae.pretrained or str(require_result(config, "autoencoder"))
+    vae = load_part(AutoencoderKL, vae_source, option="vae.pretrained").requires_grad_(False)
     vae.to(memory_format=torch.channels_last)
-    conditioner = Conditioner(load_tokenizer(tokenizer_folder), load_network(TextTower, text_folder))
+    text_source = config.text_encoder.pretrained or str(require_result(config, "clip"))
+    text_tower = load_part(TextTower, text_source, option="text_encoder.pretrained")
+    tokenizer = load_text_tokenizer(text_source, text_tower, "text_encoder.pretrained")
+    conditioner = Conditioner(tokenizer, text_tower)
     return vae, conditioner.eval().requires_grad_(False)
 
 

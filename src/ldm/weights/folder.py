@@ -1,34 +1,29 @@
-"""Model folders in diffusers' format, and the folders of single networks: reading, writing, finding.
+"""Model folders in diffusers' format, and the folders of single networks: reading and writing.
 
 A model folder is `model_index.json` beside `unet/ vae/ text_encoder/ tokenizer/ scheduler/`, each network a
 `config.json` and safetensors. Component names are looked up in a table: nothing a folder says is imported or run.
 """
 
+import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ldm import __version__
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.clip import CLIP, TextTower
 from ldm.nn.unet import UNet
+from ldm.weights.files import load_json, save_json, written_atomically
+from ldm.weights.hub import INDEX, SETTINGS, weight_files
+from ldm.weights.tensors import read_weights, write_weights
 
 M = TypeVar("M", AutoencoderKL, CLIP, TextTower, UNet)
-
-SETTINGS = "ldm.json"  # beside model_index.json: what `sample.py` does unless told otherwise
 
 # network -> (its folder, the library and class that other tools open it with, the weights' file name)
 FORMATS: dict[type[nn.Module], tuple[str, str, str, str]] = {
@@ -37,126 +32,118 @@ FORMATS: dict[type[nn.Module], tuple[str, str, str, str]] = {
     TextTower: ("text_encoder", "transformers", "CLIPTextModel", "model"),
     CLIP: ("clip", "transformers", "CLIPModel", "model"),
 }
+NETWORKS: dict[str, Any] = {name: network for network, (name, *_) in FORMATS.items()}
 
 # Names that older releases of diffusers gave to the VAE's attention.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-# --------------------------------------------------------------------------------------------------------- finding
-
-
-def find_model(ckpt: str) -> Path:
-    """Return the model folder that `ckpt=` names: the folder itself, or `model/` in a run directory.
-
-    Raises:
-        UserError: it is not there, or is of another kind.
-    """
-    path = Path(ckpt).expanduser()
-    if not path.exists():
-        raise UserError(f"ckpt={ckpt}: there is no such folder (seen from {Path.cwd()})")
-    for folder in (path, path / "model"):
-        if (folder / "model_index.json").is_file():
-            return folder
-    if path.is_file():
-        raise UserError(f"ckpt={ckpt} is a file; name a run directory or a model folder (with model_index.json)")
-    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
-        raise UserError(f"ckpt={ckpt}: this run has no finished model yet; `python train.py` with its config goes on")
-    if (path / "config.json").is_file():
-        raise UserError(f"ckpt={ckpt} is a single network, not a whole model (no model_index.json)")
-    raise UserError(f"ckpt={ckpt} is neither a run directory nor a model folder (no model_index.json)")
-
-
-def find_part(source: str, part: str) -> Path:
-    """Return the folder of one network: a local folder, a part of a local model folder, or downloaded from the hub.
-
-    Args:
-        source: `./vae`, `outputs/run`, or a hub id such as `stabilityai/sd-vae-ft-mse`.
-        part: `vae`, `text_encoder`, `unet` or `tokenizer`, for sources that hold a whole model.
-
-    Raises:
-        UserError: it cannot be had; says how to use a mirror or a local folder.
-    """
-    root = Path(source).expanduser()
-    if not root.exists():
-        if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            raise UserError(f"{part}: there is no folder {source} (seen from {Path.cwd()})")
-        root = _download(source, part)
-    for folder in (root / part, root / "model" / part, root):
-        if folder.is_dir() and any(folder.glob("*.json")):
-            return folder
-    raise UserError(f"{part}: {source} holds no {part} in diffusers' or transformers' format (no config.json)")
-
-
-def _download(repo_id: str, part: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"{prefix}*.{ending}" for prefix in ("", f"{part}/") for ending in ("json", "txt")]
-    weights = ["model*.safetensors", "diffusion_pytorch_model*.safetensors"]
-    patterns += [f"{prefix}{name}" for prefix in ("", f"{part}/") for name in weights] if part != "tokenizer" else []
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"]))
-    except Exception as error:  # no network, no such repository, no permission: for the user one and the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{part}: '{repo_id}' cannot be had from the hub: {reason}; name a mirror ({part}.pretrained=<other/id>) "
-            f"or a local folder ({part}.pretrained=./folder)"
-        ) from error
-
-
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def load_network(network: type[M], folder: Path, dtype: torch.dtype = torch.float32) -> M:
+def load_network(
+    network: type[M], folder: Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None
+) -> M:
     """Load a network from its folder, strictly, holding about one copy of the weights in memory.
 
     Args:
         network: its class.
-        folder: with `config.json` and safetensors.
-        dtype: of the parameters, whatever the file holds.
+        folder: with `config.json` and safetensors, or a pickle of tensors where there are none.
+        dtype: of the parameters, whatever the file holds; None keeps what it holds.
+        variant: of the files, such as `fp16`.
 
     Raises:
         UserError: a file is missing or damaged, an option is not supported, keys are missing or surplus, or a tensor
             has another shape.
     """
     config = load_json(folder / "config.json")
+    check_class(network, config, str(folder))
+    return build_network(network, config, load_weights(folder, variant), dtype, folder, folder / "config.json")
+
+
+def build_network(
+    network: type[M],
+    config: Mapping[str, Any],
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    where: Path,
+    config_file: Path,
+) -> M:
+    """Build a network around its weights: on the meta device, then each tensor converted and put into its place.
+
+    Args:
+        network: its class.
+        config: as in diffusers' or transformers' `config.json`.
+        state: the weights; it is emptied, so that no second copy is held.
+        dtype: of the parameters; None keeps what `state` holds.
+        where: the weights come from, for messages.
+        config_file: where the config comes from.
+
+    Raises:
+        UserError: as `load_network`.
+    """
     if network is TextTower and "text_config" in config:  # a whole CLIP serves as text encoder
         config = {**(config["text_config"] or {}), **(config.get("text_config_dict") or {})}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInit():
             model = network.from_config(config)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # the file may hold values of any kind
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
-    state = load_weights(folder)
-    if network is AutoencoderKL:
-        state = {_renamed(name, OLD_VAE_NAMES): tensor for name, tensor in state.items()}
-    if network is TextTower and any(name.startswith("text_model.") for name in state):
-        state = {name.removeprefix("text_model."): t for name, t in state.items() if name.startswith("text_model.")}
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
-    check_state(model.state_dict(), state, str(folder))
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, KeyError) as error:  # the file may hold anything
+        raise UserError(f"{config_file}: {error}") from error
+    tensors = _with_our_names(network, state)
+    state.clear()
+    check_state(model.state_dict(), tensors, str(where))
+    for name, tensor in tensors.items():
+        tensors[name] = tensor if dtype is None else tensor.to(dtype)
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read a folder's safetensors: one file, or the shards that an index names."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if single.is_file():
-            return _read_safetensors(single)
-        if index.is_file():
-            shards = load_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise UserError(f"{index} names no files (weight_map)")
-            names = sorted({Path(str(name)).name for name in shards.values()})
-            return {key: tensor for name in names for key, tensor in _read_safetensors(folder / name).items()}
-    raise UserError(f"{folder} holds no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
+class WithoutInit(TorchFunctionMode):
+    """Leave out the initialisation of weights that are replaced at once.
+
+    On the meta device it would cost next to nothing, but for two seconds of imports that drawing normal numbers there
+    brings with it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read, it may be cut short: {error}") from error
+def _layer_counts(config: Mapping[str, Any]) -> Iterator[int]:
+    """Give all numbers of layers that a config states."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _layer_counts(value)
+        elif name in ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block"):
+            yield from (count for count in (value if isinstance(value, list) else [value]) if isinstance(count, int))
+
+
+def _with_our_names(network: type[nn.Module], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights the names that today's diffusers and transformers give them."""
+    found = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    if network is AutoencoderKL:
+        for old, new in OLD_VAE_NAMES.items():
+            found = {name.replace(old, new): tensor for name, tensor in found.items()}
+    if network is TextTower and any(name.startswith("text_model.") for name in found):
+        found = {name.removeprefix("text_model."): t for name, t in found.items() if name.startswith("text_model.")}
+    return found
+
+
+def load_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """Read a folder's weights: one file, or the shards that an index names.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    files, form = weight_files(folder, variant)
+    if form != variant:
+        print(
+            f"note: {folder} holds {f'no variant {variant}' if variant else f'{form} alone'}: {files[0].name} is taken"
+        )
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
@@ -168,58 +155,44 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], whe
     faults = []
     for what, names in (("missing", expected.keys() - found.keys()), ("surplus", found.keys() - expected.keys())):
         if names:
-            faults.append(f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})")
-    shapes = [n for n in expected.keys() & found.keys() if expected[n].shape != found[n].shape]
-    for name in sorted(shapes)[:3]:
+            faults.append(f"{len(names)} missing" if what == "missing" else f"{len(names)} surplus")
+            faults[-1] += f" ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
+    common = sorted(expected.keys() & found.keys())
+    shapes = [name for name in common if expected[name].shape != found[name].shape]
+    for name in shapes[:3]:
         faults.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
     if len(shapes) > 3:
         faults.append(f"{len(shapes) - 3} more of another shape")
+    if numbers := [name for name in common if not found[name].is_floating_point()]:
+        faults.append(f"{len(numbers)} of another type ({numbers[0]} is {found[numbers[0]].dtype})")
     if faults:
         raise UserError(f"{where}: the weights do not fit the config: {'; '.join(faults)}")
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a `transformers.CLIPTokenizer` from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
-
-    Raises:
-        UserError: neither is there, or they are damaged.
-    """
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        # Left to itself, transformers would make one up that knows two words.
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    from transformers import CLIPTokenizer
-
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"{folder} holds no CLIP tokenizer: {error}") from error
-
-
-def _renamed(name: str, table: Mapping[str, str]) -> str:
-    for old, new in table.items():
-        name = name.replace(old, new)
-    return name
+def check_class(network: type[nn.Module], config: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError where a `config.json` says that it is of another class than this network."""
+    part, library, class_name, _ = FORMATS[network]
+    kinds = {"text_encoder": ("clip_text_model", "clip"), "clip": ("clip",)}.get(part, (class_name,))
+    found = config.get("_class_name" if library == "diffusers" else "model_type", kinds[0])
+    if found not in kinds:
+        raise UserError(f"{where} holds a {found}; a {part} must be a {' or '.join(kinds)}")
 
 
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def save_network(model: UNet | AutoencoderKL | TextTower | CLIP, folder: Path) -> None:
-    """Write `config.json` and safetensors that diffusers or transformers open; the folder is whole or absent."""
-    _, library, class_name, stem = FORMATS[type(model)]
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_network(
+    model: UNet | AutoencoderKL | TextTower | CLIP, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write `config.json` and safetensors that diffusers or transformers open; the folder is whole or absent.
+
+    Args:
+        model: a network.
+        folder: what lies there is replaced.
+        dtype: of the file; None keeps the parameters' own.
+    """
+    part, library, class_name, stem = FORMATS[type(model)]
+    state = dict(model.state_dict())
     config: dict[str, Any] = {"_class_name": class_name, **model.config}
     if library == "transformers":
         config = {"architectures": [class_name], "model_type": "clip", **model.config}
@@ -231,15 +204,23 @@ def save_network(model: UNet | AutoencoderKL | TextTower | CLIP, folder: Path) -
             state = {f"text_model.{name}": tensor for name, tensor in state.items()}
     with written_atomically(folder) as temporary:
         save_json(temporary / "config.json", config)
-        weights = temporary / f"{stem}.safetensors"
-        save_file(state, weights, {"format": "pt", "ldm_version": __version__})
-        weights.chmod(0o644)  # safetensors' own choice is for the owner alone
+        metadata = {"kind": part, "config_hash": config_hash(model.config)}
+        write_weights(temporary / f"{stem}.safetensors", state, metadata, dtype)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return 12 hex digits that name a config.
+
+    >>> config_hash({"b": 1, "a": 2}) == config_hash({"a": 2, "b": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def save_pipeline_index(
     folder: Path, schedule: NoiseSchedule, prediction_type: str, settings: Mapping[str, Any]
 ) -> None:
-    """Complete a folder whose networks and tokenizer are written: scheduler, settings, `model_index.json` last."""
+    """Complete a folder of a model that was trained here; its networks and tokenizer are written."""
     scheduler = {
         "_class_name": "DDIMScheduler",
         **schedule.config,
@@ -249,41 +230,34 @@ def save_pipeline_index(
         "steps_offset": 1,  # without effect under trailing spacing; diffusers warns of any other value
         "clip_sample": False,
     }
+    save_index(folder, scheduler, settings)
+
+
+def save_index(
+    folder: Path, scheduler: Mapping[str, Any], settings: Mapping[str, Any], pipeline: str = "StableDiffusionPipeline"
+) -> None:
+    """Write what makes a folder of networks a model: scheduler, settings where there are any, `model_index.json` last.
+
+    Args:
+        folder: whose networks and tokenizer are written.
+        scheduler: contents of `scheduler_config.json`; its `_class_name` is what other tools sample with.
+        settings: sampling defaults.
+        pipeline: diffusers' class for it.
+    """
     with written_atomically(folder / "scheduler") as temporary:
         save_json(temporary / "scheduler_config.json", scheduler)
-    save_json(folder / SETTINGS, dict(settings))
+    if settings:
+        save_json(folder / SETTINGS, settings)
     parts = {name: [library, class_name] for name, library, class_name, _ in FORMATS.values() if name != "clip"}
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": pipeline,
         "_diffusers_version": "0.35.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler.get("_class_name", "DDIMScheduler")],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         **parts,
     }
-    save_json(folder / "model_index.json", index)
-
-
-def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-@contextmanager
-def written_atomically(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it takes the place of `folder`, on failure nothing has changed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    save_json(folder / INDEX, index)

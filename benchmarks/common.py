@@ -1,0 +1,74 @@
+"""What every benchmark says of itself: the machine it ran on, and where its figures go."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load_preset(name: str, sample_size: int, context_dim: int) -> dict[str, Any]:
+    """Return the options of a U-Net of `conf/unet`, whole."""
+    import yaml
+
+    options = yaml.safe_load((ROOT / "conf" / "unet" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {"sample_size": sample_size, "cross_attention_dim": context_dim, **options}
+
+
+def run_alternately(work: Mapping[str, Callable[[], Any]], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Return the seconds of each piece of work in each round, so that whatever else the machine does hits all."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for i in range(rounds + warmup):
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return medians, quartiles, and the ratio of the best peer's median to ours."""
+    median = {name: statistics.median(values) for name, values in times.items()}
+    best_peer = min(value for name, value in median.items() if name != "ldm")
+    return {
+        "ratio": round(best_peer / median["ldm"], 3),
+        "milliseconds": {name: round(value * 1e3, 1) for name, value in median.items()},
+        "quartiles": {
+            name: [round(q * 1e3, 1) for q in statistics.quantiles(values, n=4)] for name, values in times.items()
+        },
+    }
+
+
+def machine() -> dict[str, Any]:
+    import diffusers
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return {
+        "processor": next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "results": list(results)}, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {path}")

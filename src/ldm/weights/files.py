@@ -1,0 +1,97 @@
+"""JSON, and writing that leaves a whole file or none. Nothing here imports torch."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldm.errors import UserError
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        UserError: it is not there, cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        UserError: it is none; the message names `where`.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds no JSON object")
+    return content
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object; the file is whole or as it was."""
+    with file_written_atomically(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def check_writable(place: Path, option: str) -> None:
+    """Know before any work is done, and without leaving a trace, that a file or folder can be made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    there = next(path for path in place.absolute().parents if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{option}={place} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{option}={place} cannot be written: no permission to write into {there}")
+
+
+@contextmanager
+def file_written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write; on success it takes the place of `path`, on failure nothing has changed."""
+    number, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(number)
+        os.chmod(name, 0o644)  # a temporary file is for its owner alone
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def written_atomically(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; on success it takes the place of `folder`, on failure nothing has changed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))
+    old = temporary.with_name(f"{temporary.name}.old")
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if folder.exists():  # a folder cannot take the place of another in one step
+            folder.rename(old)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
