@@ -118,7 +118,7 @@ def test_an_unknown_key_is_named_with_the_nearest_real_one(composed, key, neares
         ("trainer.overfit_batches", -1, "trainer.overfit_batches"),
         ("sampling.steps", 0, "sampling.steps"),
         ("sampling.steps", 1001, "diffusion.num_train_timesteps=1000"),
-        ("sampling.sampler", "euler", "'euler'"),
+        ("sampling.sampler", "eulr", "'euler'"),
         ("sampling.guidance_scale", -1, "sampling.guidance_scale"),
         ("logger", {"csv": {"folder": "x"}}, "logger.csv._target_"),
         ("logger", {"csv": 3}, "logger.csv"),
@@ -280,5 +280,7 @@ def test_a_damaged_run_config_is_a_user_error(tmp_path, content, monkeypatch):
 
 def test_every_script_has_a_schema_and_a_yaml_that_fits():
     for name in SCHEMAS:
-        extra = {"train": [], "sample": ["ckpt=x", "prompt=y"], "evaluate": ["ckpt=x"]}[name]
+        extra = {"train": [], "sample": ["ckpt=x", "prompt=y"], "evaluate": ["ckpt=x"], "convert": ["src=x", "dst=y"]}[
+            name
+        ]
         check(SCHEMAS[name], compose_values(name, extra))

@@ -58,6 +58,8 @@ def build_all(config: TrainConfig) -> dict[str, nn.Module]:
             )
         else:
             vae = built["vae"] = networks.build_vae(config)
+        if config.unet.pretrained:  # the options beside it are those of what it will load
+            config = config.model_copy(update={"unet": config.unet.model_copy(update={"pretrained": None})})
         width = config.text_encoder.text.hidden_size if config.text_encoder.text else 768
         built["unet"] = networks.build_unet(config, vae, config.unet.cross_attention_dim or width)
     networks.check_networks(config, config.stages)

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ FREE_TEXT_KEYS = (
     "data.path", "data.image_column", "data.caption_column",
     "vae.pretrained", "text_encoder.pretrained", "unet.pretrained",
 )  # fmt: skip
-# Where these are not config groups, as in train.py, they are paths.
+# Where these are no config groups, as they are in train.py, they are paths.
 PART_KEYS = ("vae", "text_encoder", "unet", "tokenizer")
 
 
@@ -75,8 +75,6 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_help(doc or "", config_name, config_dir))
         return
-    keys = FREE_TEXT_KEYS if config_name == "train" else (*FREE_TEXT_KEYS, *PART_KEYS)
-    sys.argv[1:] = [quote_free_text(argument, keys) for argument in arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of being printed by Hydra
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -96,13 +94,16 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
             faults.append(error)
             raise
 
-    primary = config_name
-    config_path: str | None = str(config_dir)
+    where: dict[str, Any] = {"config_path": str(config_dir), "config_name": config_name}
+    keys = FREE_TEXT_KEYS
     try:
-        if config_name != "train":  # one file without groups: where Hydra sees none, `vae=` and its like are plain keys
-            primary, config_path = f"{config_name}_alone", None
-            ConfigStore.instance().store(primary, OmegaConf.load(config_dir / f"{config_name}.yaml"))
-        hydra.main(version_base="1.3", config_path=config_path, config_name=primary)(job)()
+        alone = OmegaConf.load(config_dir / f"{config_name}.yaml")
+        if not _uses_groups(alone):  # where Hydra sees no groups, `vae=` and its like are plain keys
+            where = {"config_path": None, "config_name": f"{config_name}_alone"}
+            ConfigStore.instance().store(where["config_name"], alone)
+            keys = (*FREE_TEXT_KEYS, *PART_KEYS)
+        sys.argv[1:] = [quote_free_text(argument, keys) for argument in arguments]
+        hydra.main(version_base="1.3", **where)(job)()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
@@ -110,6 +111,12 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
         if any(error is fault for fault in faults):
             raise
         _exit(_explain(error, config_name, config_dir))
+
+
+def _uses_groups(config: Any) -> bool:
+    """Tell whether a config is composed of groups of ours, Hydra's own aside."""
+    named = [key for entry in config.get("defaults", []) if isinstance(entry, Mapping) for key in entry]
+    return any(not str(key).removeprefix("override ").startswith("hydra/") for key in named)
 
 
 def _exit(message: str) -> NoReturn:
