@@ -99,6 +99,17 @@ def test_pokemon_is_what_it_says():
     assert config.vae.pretrained and config.text_encoder.pretrained and not config.unet.pretrained
 
 
+def test_pokemon_finetune_goes_on_from_stable_diffusion():
+    config = composed("experiment=pokemon_finetune")
+    assert config.unet.pretrained == "stable-diffusion-v1-5/stable-diffusion-v1-5" and config.stages == ["diffusion"]
+    assert config.diffusion.prediction_type == "epsilon" and config.diffusion.beta_schedule == "scaled_linear"
+    scratch = composed("experiment=pokemon")
+    assert (config.vae, config.text_encoder, config.data.path) == (
+        scratch.vae, scratch.text_encoder, scratch.data.path
+    )  # fmt: skip
+    assert config.optim.lr < scratch.optim.lr / 5 and config.trainer.max_steps < scratch.trainer.max_steps / 5
+
+
 @pytest.mark.parametrize(("unet", "width", "millions"), [("sd15", 768, 859.5), ("sd21", 1024, 865.9)])
 def test_the_published_unets_have_their_published_size(unet, width, millions):
     config = composed("experiment=pokemon", f"unet={unet}", f"+unet.cross_attention_dim={width}")
@@ -148,6 +159,7 @@ def test_every_file_stands_in_a_group_that_train_knows():
 def hub(tmp_path_factory) -> dict[str, Path]:
     """Tiny random models, written by the libraries whose format it is, under the hub ids that the configs name."""
     from diffusers import AutoencoderKL as TheirVAE
+    from diffusers import UNet2DConditionModel as TheirUNet
     from transformers import CLIPConfig, CLIPModel
 
     from ldm.conditioner import train_tokenizer
@@ -164,10 +176,20 @@ def hub(tmp_path_factory) -> dict[str, Path]:
             up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, latent_channels=4, scaling_factor=0.18215,
         )  # fmt: skip
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        unet = TheirUNet(
+            block_out_channels=[8, 16], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], layers_per_block=1,
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], norm_num_groups=4, attention_head_dim=2,
+            cross_attention_dim=16, sample_size=8,
+        )  # fmt: skip
+    unet.save_pretrained(root / "sd15" / "unet")
     vae.save_pretrained(root / "vae")
     clip.save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")
-    return {"stabilityai/sd-vae-ft-mse": root / "vae", "openai/clip-vit-large-patch14": root / "clip"}
+    return {
+        "stabilityai/sd-vae-ft-mse": root / "vae",
+        "openai/clip-vit-large-patch14": root / "clip",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": root / "sd15",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +247,36 @@ def test_a_unet_goes_on_from_a_pretrained_one(no_network, pictures, tmp_path):
     assert run_script("train", *again, f"+unet.pretrained={tmp_path / 'pokemon'}", "optim.lr=1e-9") == 0
     first, second = (weights.load_weights(tmp_path / name / "model" / "unet") for name in ("pokemon", "finetuned"))
     assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+
+
+def test_finetuning_goes_on_from_the_hubs_unet(no_network, hub, pictures, tmp_path):
+    arguments = ["experiment=pokemon_finetune", f"output_dir={tmp_path}", f"data.path={pictures}", "optim.lr=1e-9"]
+    arguments += [item for item in SMALL if "unet" not in item] + ["trainer.accumulate_grad_batches=1"]
+    assert run_script("train", *arguments) == 0
+    found = weights.load_weights(tmp_path / "pokemon_finetune" / "model" / "unet")
+    started = weights.load_weights(hub["stable-diffusion-v1-5/stable-diffusion-v1-5"] / "unet")
+    assert found.keys() == started.keys()
+    assert all(torch.allclose(found[key], started[key], atol=1e-5) for key in found)
+    assert run_script("sample", f"ckpt={tmp_path / 'pokemon_finetune'}", "prompt=a fox", f"out={tmp_path / 'o'}") == 0
+
+
+def test_every_part_may_come_out_of_one_single_file(no_network, pictures, tmp_path):
+    first = ["experiment=pokemon", f"output_dir={tmp_path}", f"data.path={pictures}"]
+    assert run_script("train", *first, *SMALL) == 0
+    file = tmp_path / "pokémon (1).safetensors"
+    assert run_script("convert", f"src={tmp_path / 'pokemon'}", f"dst={file}") == 0
+    parts = [f"vae.pretrained={file}", f"text_encoder.pretrained={file}", f"+unet.pretrained={file}"]
+    again = [*first, *(item for item in SMALL if "unet" not in item), "name=again", "trainer.max_steps=1", *parts]
+    assert run_script("train", *again, "optim.lr=1e-9") == 0
+    for part in ("unet", "vae", "text_encoder"):
+        one, other = (weights.load_weights(tmp_path / name / "model" / part) for name in ("pokemon", "again"))
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+    tokenizers = [
+        json.loads((tmp_path / name / "model" / "tokenizer" / "tokenizer.json").read_text())["model"]
+        for name in ("pokemon", "again")
+    ]
+    assert tokenizers[0] == tokenizers[1]
 
 
 def test_a_unet_that_does_not_fit_the_loaded_parts(no_network, pictures, tmp_path, capsys):

@@ -171,9 +171,11 @@ def test_a_run_directory_is_its_model(tmp_path):
 
 
 def test_a_models_own_scheduler_is_kept_word_for_word(model_folder, tmp_path):
-    scheduler = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085,
-                 "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
-                 "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}  # fmt: skip
+    scheduler = {
+        "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085,
+        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
+        "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+    }  # fmt: skip
     (model_folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (model_folder / "ldm.json").unlink()
     save_model(load_model(str(model_folder)), tmp_path / "out")
@@ -537,36 +539,47 @@ def test_a_file_of_ours_says_what_it_is(tmp_path):
     assert not any("date" in name for name in metadata)
 
 
-EVIL = "os.system('touch /tmp/owned')"
+@pytest.fixture(scope="module")
+def our_file(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("ours")
+    save_single_file(load_model(str(tiny.write_model_folder(place / "m"))), place / "x.safetensors")
+    return place / "x.safetensors"
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("configs", "{"), ("configs", "[]"), ("configs", '{"unet": 3}'), ("configs", '{"unet": {"_target_": "os.system"}}'),
-        ("configs", '{"unet": {"an_option": 1}}'), ("configs", '{"unet": {"block_out_channels": "wide"}}'),
-        ("configs", '{"vae": {"latent_channels": null}}'), ("configs", '{"text_encoder": {"num_hidden_layers": "x"}}'),
-        ("configs", '{"text_encoder": {"hidden_act": ["gelu"]}}'), ("configs", '{"unet": {"layers_per_block": -1}}'),
-        ("scheduler", "3"), ("scheduler", "not json"), ("settings", "[" * 100_000), ("tokenizer", '{"tokenizer.json": 1}'),
-        ("tokenizer", '{"tokenizer.json": "{}"}'), ("tokenizer", '{"../../evil.json": "{}", "tokenizer.json": "[]"}'),
-        ("tokenizer", '{"tokenizer.json": "\\ud800"}'), ("tokenizer", EVIL),
+        ("configs", "{"),
+        ("configs", "[]"),
+        ("configs", '{"unet": 3}'),
+        ("configs", '{"unet": {"an_option": 1}}'),
+        ("configs", '{"unet": {"block_out_channels": "wide"}}'),
+        ("configs", '{"unet": {"layers_per_block": -1}}'),
+        ("configs", '{"vae": {"latent_channels": null}}'),
+        ("configs", '{"text_encoder": {"num_hidden_layers": "x"}}'),
+        ("configs", '{"text_encoder": {"num_hidden_layers": 1000000000}}'),
+        ("configs", '{"text_encoder": {"hidden_act": ["gelu"]}}'),
+        ("scheduler", "3"),
+        ("scheduler", "os.system('touch owned')"),
+        ("settings", "[" * 100_000),
+        ("tokenizer", '{"tokenizer.json": 1}'),
+        ("tokenizer", '{"tokenizer.json": "{}"}'),
+        ("tokenizer", '{"tokenizer.json": "\\ud800"}'),
+        ("tokenizer", '{"../../evil.json": "{}", "tokenizer.json": "[]"}'),
     ],
-)  # fmt: skip
-def test_metadata_are_data_from_anywhere(tmp_path, name, text):
-    path = tmp_path / "x.safetensors"
-    save_single_file(load_model(str(tiny.write_model_folder(tmp_path / "m"))), path)
-    metadata = {**read_metadata(path), name: text}
-    if name == "configs" and "_target_" in text:  # a key of bookkeeping, like all that begin so: nothing comes of it
-        metadata[name] = json.dumps({**json.loads(read_metadata(path)["configs"])})
-        found = json.loads(metadata[name])
-        found["unet"]["_target_"] = "os.system"
-        metadata[name] = json.dumps(found)
-        write_weights(path, load_file(path), metadata)
-        load_model(str(path))
-        return
-    write_weights(path, load_file(path), metadata)
-    assert str(path) in refusal(load_model, str(path))
+)
+def test_metadata_are_data_from_anywhere(our_file, tmp_path, name, text):
+    write_weights(tmp_path / "x.safetensors", load_file(our_file), {**read_metadata(our_file), name: text})
+    assert str(tmp_path / "x.safetensors") in refusal(load_model, str(tmp_path / "x.safetensors"))
     assert not list(tmp_path.parent.rglob("evil.json"))
+
+
+def test_nothing_that_metadata_say_is_run(our_file, tmp_path):
+    configs = json.loads(read_metadata(our_file)["configs"])
+    configs["unet"] |= {"_target_": "os.system", "_class_name": "os.system"}
+    metadata = {**read_metadata(our_file), "configs": json.dumps(configs)}
+    write_weights(tmp_path / "x.safetensors", load_file(our_file), metadata)
+    assert_same(load_model(str(tmp_path / "x.safetensors")), load_model(str(our_file)))
 
 
 def test_metadata_of_other_tools_are_passed_over(tmp_path, clip_on_the_hub):

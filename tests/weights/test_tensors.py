@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -249,7 +250,7 @@ def test_headers_are_plain_json(tmp_path):
     assert all(isinstance(text, str) for text in header.pop("__metadata__").values())
     spans = sorted(entry["data_offsets"] for entry in header.values())
     assert spans[0][0] == 0 and spans[-1][1] == len(content) - 8 - length
-    assert all(one[1] == other[0] for one, other in zip(spans, spans[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in pairwise(spans))
 
 
 def test_a_file_of_the_library_is_read(tmp_path):

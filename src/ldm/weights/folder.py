@@ -84,6 +84,8 @@ def build_network(
     """
     if network is TextTower and "text_config" in config:  # a whole CLIP serves as text encoder
         config = {**(config["text_config"] or {}), **(config.get("text_config_dict") or {})}
+    if max(_layer_counts(config), default=0) > len(state):  # before they are made: it would take for ever
+        raise UserError(f"{config_file} asks for more layers than {where} has tensors")
     try:
         with torch.device("meta"), WithoutInit():
             model = network.from_config(config)
@@ -113,11 +115,10 @@ class WithoutInit(TorchFunctionMode):
 
 
 def _layer_counts(config: Mapping[str, Any]) -> Iterator[int]:
-    """Give all numbers of layers that a config states."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _layer_counts(value)
-        elif name in ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block"):
+    """Give all numbers of layers that a config states, for itself or for the towers of a CLIP."""
+    for options in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for name in ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block"):
+            value = options.get(name)
             yield from (count for count in (value if isinstance(value, list) else [value]) if isinstance(count, int))
 
 
