@@ -175,7 +175,8 @@ def test_a_resized_mask_stays_exact_away_from_its_edge():
 def test_a_mask_of_the_same_proportions_is_resized():
     canvas = make_canvas(picture(64, 128), stripe(32, 64, 0, 32), **FREE)
     assert (canvas.mask[:, :62] == 1).all() and (canvas.mask[:, 66:] == 0).all()
-    assert make_canvas(picture(75, 101), stripe(150, 203), **FREE).mask.shape == (72, 96)
+    for shape in ((150, 203), (37, 51), (38, 50)):  # as near to the proportions as whole pixels are
+        assert make_canvas(picture(75, 101), stripe(*shape), **FREE).mask.shape == (72, 96)
 
 
 @pytest.mark.parametrize("shape", [(64, 66), (128, 64), (60, 64)])
@@ -218,6 +219,11 @@ def test_a_picture_far_from_the_model_s_size_is_refused_with_a_size_that_works(s
     assert min(height, width) == 64 and height % 8 == width % 8 == 0
     assert height / width == pytest.approx(shape[0] / shape[1], rel=0.1)
     assert make_canvas(path, **MODEL, height=height, width=width).pixels.shape == (height, width, 3)
+
+
+def test_a_picture_smaller_than_a_cell_is_refused():
+    with pytest.raises(UserError, match=r"the model was trained at 64; .* height=64 width=128"):
+        own_size((40, 80), 64, 64, "init_image", outpainting=False)
 
 
 SIDE = st.integers(1, 5000)
@@ -407,7 +413,7 @@ def test_a_cell_is_repainted_as_much_as_its_most_repainted_pixel():
 
 
 def test_the_masked_picture_is_zero_where_it_is_repainted():
-    pixels, mask = picture(16, 16), np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    pixels, mask = picture(16, 16), np.arange(256, dtype=np.float32).reshape(16, 16) / 256
     found = masked_image(Canvas(pixels, mask))
     assert found.shape == (1, 3, 16, 16)
     kept = torch.from_numpy(mask < 0.5)

@@ -50,8 +50,24 @@ def test_a_vae_that_overflows_in_fp16_runs_in_fp32(tile):
     whole, half = Codec(overflowing()), Codec(overflowing().half())
     assert not half.vae.image(latents().half()).isfinite().all()
     found = half.decode(latents(), tile)
-    assert found.dtype == torch.float32 and next(half.vae.parameters()).dtype == torch.float32
+    assert found.dtype == torch.float32 and next(half.vae.parameters()).dtype == torch.float16
     assert (found - whole.decode(latents(), tile)).abs().max() < 0.05
+
+
+def test_pictures_that_do_not_overflow_stay_as_they_are(monkeypatch):
+    """A picture does not depend on those it is drawn with."""
+    half = Codec(tiny.vae().half())
+    expected, decode = half.decode(latents()), half.vae.decode
+    others = [False, True, False]
+
+    def overflow(z):
+        image = decode(z)
+        return image.masked_fill(torch.tensor(others)[:, None, None, None], torch.inf) if len(z) == 3 else image
+
+    monkeypatch.setattr(half.vae, "decode", overflow)
+    found = half.decode(latents())
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    assert not torch.equal(found[1], expected[1]) and (found[1] - expected[1]).abs().max() < 0.05
 
 
 def test_a_vae_that_does_not_overflow_stays_in_fp16():

@@ -23,16 +23,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conditioner": {"nn"},
     "weights": {"", "config", "nn", "diffusion"},
     "data": {"config", "nn", "conditioner"},
-    "gallery": {"data"},
+    "gallery": {"data", "files"},
     "canvas": {"data"},
     "codec": {"nn"},
-    "options": {"diffusion"},
+    "options": {"diffusion", "scheduler"},
     "scheduler": {"diffusion"},
     "progress": set(),
     "pipeline": {"nn", "diffusion", "conditioner", "weights", "data", "canvas", "codec", "options", "scheduler"},
-    "sampling": {"", "config", "weights", "data", "gallery", "options", "pipeline", "progress"},
-    "evaluation": {"config", "weights", "data", "gallery", "pipeline"},
-    "training": {"config", "nn", "diffusion", "conditioner", "weights", "data", "gallery", "pipeline"},
+    "sampling": {"", "config", "files", "weights", "data", "gallery", "options", "pipeline", "progress"},
+    "evaluation": {"config", "files", "weights", "data", "gallery", "pipeline"},
+    "training": {"config", "files", "nn", "diffusion", "conditioner", "weights", "data", "gallery", "pipeline"},
 }
 # Where hydra may build objects: what a user plugs in. Never where a file of somebody else's is read.
 PLUG_IN_FILES = {"data/sources.py", "training/fit.py", "training/optim.py"}

@@ -151,11 +151,51 @@ def test_a_picture_drawn_upon_must_be_there_as_it_was(model, place, capsys):
     assert run_script("sample", f"from_image={path}", "init_image=blue.png", "out=again") == 0
 
 
+def test_what_a_picture_brings_can_be_taken_out(model, place):
+    [path] = draw(f"ckpt={model}", PROMPT, "init_image=picture.png", "mask=mask.png", "steps=2", "seed=3")
+    [whole] = draw(f"from_image={path}", "mask=", out="whole")
+    [alone] = draw(f"from_image={path}", "init_image=", out="alone")
+    assert read_settings(whole)["mask"] is None and read_settings(whole)["init_image"] == "picture.png"
+    assert read_settings(alone)["init_image"] is None and Image.open(alone).size == (16, 16)
+    [plain] = draw(f"ckpt={model}", PROMPT, "steps=2", "seed=3", out="plain")
+    assert np.array_equal(pixels(alone), pixels(plain))
+
+
+def test_a_picture_drawn_upon_another_takes_its_size(model, place):
+    [path] = draw(f"ckpt={model}", PROMPT, "steps=2")
+    [other] = draw(f"from_image={path}", "init_image=picture.png", out="other")
+    assert Image.open(other).size == (24, 16) and read_settings(other)["strength"] == 0.8
+    [masked] = draw(f"from_image={other}", "mask=mask.png", out="masked")
+    assert read_settings(masked)["strength"] == 1.0
+
+
+def test_a_model_that_has_changed_is_said_to_have(place, tmp_path, capsys):
+    folder = tiny.write_model_folder(tmp_path / "changing")
+    [path] = draw(f"ckpt={folder}", PROMPT, "steps=2")
+    save_network(tiny.unet(seed=5), folder / "unet")
+    draw(f"from_image={path}", out="again")
+    assert "warning: " in (said := capsys.readouterr().out) and "has changed since" in said
+    draw(f"from_image={path}", f"ckpt={folder}", out="stated")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_nothing_is_written_over(model, place):
+    first = draw(f"ckpt={model}", PROMPT, "steps=2", "num_images=2")
+    before = [path.read_bytes() for path in first]
+    paths = draw(f"ckpt={model}", PROMPT, "steps=2", "num_images=2")
+    assert [path.name[:4] for path in paths] == ["0000", "0001", "0002", "0003"]
+    assert [path.read_bytes() for path in first] == before
+    draw(f"ckpt={model}", PROMPT, f"init_image={paths[0]}", "steps=2")
+    assert first[0].read_bytes() == before[0]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {}, {"steps": "many"}, {"ckpt": 3}, {"ckpt": "/nowhere", "prompt": "x"}, {"sampler": "rm -rf"},
-        {"prompt": None}, {"batch": [0, 10**9]}, {"seed": -1}, {"_target_": "os.system"},
+        {"prompt": None}, {"batch": [0, 10**9]}, {"seed": -1}, {"_target_": "os.system"}, {"seed": [1, 2]},
+        {"height": 80_000_000}, {"out": "elsewhere"}, {"num_images": 10**12},
+        {"prompt_file": "secret.txt"}, {"prompt": None, "prompt_file": "secret.txt"}, {"from_image": "x.png"},
     ],
 )  # fmt: skip
 def test_the_text_of_a_picture_is_data_and_is_checked(settings, model, place, capsys):
@@ -163,10 +203,14 @@ def test_the_text_of_a_picture_is_data_and_is_checked(settings, model, place, ca
     base = {} if not settings else {"ckpt": str(model), "prompt": "x", "steps": 2, "seed": 0}
     info.add_itxt("ldm", json.dumps({**base, **settings}))
     Image.new("RGB", (16, 16)).save("hostile.png", pnginfo=info)
-    harmless = {"_target_", "batch"} & set(settings)
+    (place / "secret.txt").write_text("a secret")
+    harmless = {"_target_", "batch", "out", "num_images", "prompt_file", "from_image"} & set(settings)
+    harmless = set() if settings.get("prompt", "x") is None else harmless
     assert run_script("sample", "from_image=hostile.png", "device=cpu") == (0 if harmless else 2)
     said = capsys.readouterr().err
     assert "Traceback" not in said and ("error: " in said) != bool(harmless)
+    assert not (place / "elsewhere").exists()
+    assert len(list(place.glob("samples/*.png"))) == bool(harmless)
 
 
 # -------------------------------------------------------------------------------------------------- real processes

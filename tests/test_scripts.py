@@ -145,6 +145,8 @@ BAD_SAMPLE = [
     (["ckpt={run}", "prompt=x", "guidance_rescale=2"], "guidance_rescale"),
     (["ckpt={run}", "prompt=x", "guidance_interval=[5,1]"], "guidance_interval=[5.0, 1.0]"),
     (["ckpt={run}", "prompt=x", "guidance_interval=3"], "guidance_interval"),
+    (["ckpt={run}", "prompt=x", "device=meta"], "device=meta"),
+    (["ckpt={run}", "prompt=x", "height=100000"], "height"),
     (["ckpt={run}", "prompt=x", "clip_skip=1"], "this text encoder has 1 layers"),
     (["ckpt={run}", "prompt=x", "seed=[]"], "seed"),
     (["ckpt={run}", "prompt=x", "seed=[1,2]", "num_images=2"], "leave num_images out"),

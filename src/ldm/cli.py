@@ -95,7 +95,7 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
             raise
 
     where: dict[str, Any] = {"config_path": str(config_dir), "config_name": config_name}
-    keys = FREE_TEXT_KEYS
+    keys: tuple[str, ...] = FREE_TEXT_KEYS
     try:
         alone = OmegaConf.load(config_dir / f"{config_name}.yaml")
         if not _uses_groups(alone):  # where Hydra sees no groups, `vae=` and its like are plain keys

@@ -58,9 +58,14 @@ class Codec:
 
     def _run(self, run: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -> Tensor:
         weight = next(self.vae.parameters())
-        batch = batch.to(weight.device, weight.dtype, memory_format=torch.channels_last)
-        found = torch.cat([run(part).float() for part in batch.split(max(1, SLICE // pixels))])
-        if weight.dtype is torch.float16 and not found.isfinite().all():
-            self.vae.float()  # for good: what overflowed once does so again
-            return self._run(run, batch, pixels)
+        given = batch.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+        found = torch.cat([run(part).float() for part in given.split(max(1, SLICE // pixels))])
+        over = ~found.flatten(1).isfinite().all(dim=1)
+        if weight.dtype is torch.float16 and over.any():
+            # These alone, so that a picture does not depend on those it is drawn with; fp16 goes to float32 and back.
+            self.vae.float()
+            try:
+                found[over] = self._run(run, batch[over.to(batch.device)], pixels)
+            finally:
+                self.vae.half()
         return found

@@ -18,6 +18,7 @@ from pydantic import (
     PositiveInt,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic import NonNegativeFloat as Fraction0
@@ -316,7 +317,7 @@ class SampleConfig(Section):
     prompt_file: str | None
     from_image: str | None
     negative_prompt: str
-    num_images: PositiveInt
+    num_images: Annotated[int, Field(ge=1, le=1_000_000)]
     seed: Seed | Annotated[list[Seed], Field(min_length=1)]
     steps: PositiveInt | None
     sampler: Sampler | None
@@ -324,10 +325,10 @@ class SampleConfig(Section):
     eta: Probability
     guidance_scale: Fraction0 | None
     guidance_rescale: Probability
-    guidance_interval: tuple[Fraction0, PositiveFloat] | None
+    guidance_interval: tuple[Fraction0, PositiveFloat | None] | None
     clip_skip: Count0
-    height: PositiveInt | None
-    width: PositiveInt | None
+    height: Annotated[int, Field(ge=1, le=16384)] | None
+    width: Annotated[int, Field(ge=1, le=16384)] | None
     init_image: str | None
     strength: Annotated[float, Field(gt=0, le=1)] | None
     mask: str | None
@@ -338,6 +339,11 @@ class SampleConfig(Section):
     out: str = Field(min_length=1)
     device: str
     dtype: Literal["fp32", "bf16", "fp16"]
+
+    @field_validator("init_image", "mask", "outpaint", "vae", "text_encoder", "unet", "tokenizer", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value  # `mask=` takes out what from_image= brings
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -369,6 +375,9 @@ class EvaluateConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"]
 
 
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # endings of files of weights
+
+
 class ConvertConfig(Section):
     src: str = Field(min_length=1)
     dst: str = Field(min_length=1)
@@ -385,6 +394,9 @@ class ConvertConfig(Section):
     @model_validator(mode="after")
     def _one_format(self) -> Self:
         is_file = self.dst.endswith(".safetensors")
+        suffix = Path(self.dst).suffix
+        if suffix.lower() in FILES and not is_file:
+            raise ValueError(f"files are written as safetensors: let dst={self.dst} end in .safetensors")
         if self.format == "single_file" and not is_file:
             raise ValueError(f"format=single_file writes safetensors: dst={self.dst} must end in .safetensors")
         if self.format == "diffusers" and is_file:

@@ -1,7 +1,6 @@
 """Pictures on disk: file names, PNGs that carry their settings and give them back, and grids."""
 
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ldm.data.images import Pixels
 from ldm.errors import UserError
+from ldm.files import file_written_atomically
 
 
 def slug(text: str, most: int = 40) -> str:
@@ -36,9 +36,8 @@ def save_png(path: Path, pixels: Pixels, settings: Mapping[str, Any] | None = No
     if settings:
         info.add_text("parameters", parameters(settings))  # as UTF-8 where Latin-1 does not have its letters
         info.add_itxt("ldm", json.dumps(settings, ensure_ascii=False))
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    with file_written_atomically(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 B batch, C channels, h w latents, H W pixels, L tokens, D width.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +120,7 @@ class LatentDiffusionPipeline:
         )
         try:
             schedule, predicted, grid, sampler = read_scheduler(model.scheduler)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # the file may hold anything
             raise UserError(f"{path}: scheduler/scheduler_config.json: {error}") from error
         try:
             conditioner = Conditioner(model.tokenizer, model.text_tower)
@@ -145,7 +147,7 @@ class LatentDiffusionPipeline:
     @property
     def sees_mask(self) -> bool:
         """Whether the U-Net is one for inpainting, which is shown the mask and the masked picture."""
-        return self.unet.config["in_channels"] > self.unet.config["out_channels"]
+        return self.unet.sees_mask
 
     def __call__(
         self,
@@ -165,6 +167,8 @@ class LatentDiffusionPipeline:
         """
         from PIL import Image
 
+        if not isinstance(seed, int) and num_images != 1:
+            raise UserError(f"seed={list(seed)} draws a picture for each seed: leave num_images out")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         asked = [(text, negative) for text, negative in zip(prompts, negatives, strict=True) for _ in range(num_images)]
@@ -215,16 +219,22 @@ class LatentDiffusionPipeline:
             callback: called after each step.
             options: those of `Options`.
 
-        Yields:
-            (3, H, W) images in [-1, 1], in the order of the prompts.
+        Returns:
+            An iterator of (3, H, W) images in [-1, 1], in the order of the prompts.
 
         Raises:
             UserError: options that do not fit the model; a picture or mask that cannot be used; a seed out of range.
         """
         chosen = self.resolve(Options(**options))
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: at least one picture is drawn at once")
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if not len(prompts) == len(seeds) == len(negatives):
+            raise UserError(
+                f"{len(prompts)} prompts, {len(seeds)} seeds, {len(negatives)} negative prompts: give as many"
+            )
         if unfit := [seed for seed in seeds if not 0 <= seed < 2**64]:
             raise UserError(f"seed={unfit[0]}: seeds are whole numbers from 0 to 2^64 - 1")
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         canvas = self._canvas(init_image, mask, outpaint, mask_blur, height, width)
         if canvas is None:
             size = height or self.default_size, width or self.default_size
@@ -236,18 +246,22 @@ class LatentDiffusionPipeline:
             if chosen.strength is None:
                 chosen = replace(chosen, strength=default_strength(canvas.mask is not None))
         sigmas = self._sigmas(chosen)
-        with torch.inference_mode():
-            ground = None if canvas is None else self._ground(canvas, vae_tile)
-        for begin in range(0, len(prompts), batch_size):
-            chunk = slice(begin, begin + batch_size)
-            # Pictures are handed out outside of inference mode: it would hold in the caller's code too.
+
+        def pictures() -> Iterator[Tensor]:
             with torch.inference_mode():
-                latents = self._draw(
-                    prompts[chunk], negatives[chunk], seeds[chunk], chosen, sigmas, size, ground, callback
-                )
-                images = self.decode(latents, vae_tile)
-            for image in images:
-                yield image if canvas is None or canvas.mask is None else composite(canvas, image)
+                ground = None if canvas is None else self._ground(canvas, vae_tile)
+            for begin in range(0, len(prompts), batch_size):
+                chunk = slice(begin, begin + batch_size)
+                # Pictures are handed out outside of inference mode: it would hold in the caller's code too.
+                with torch.inference_mode():
+                    latents = self._draw(
+                        prompts[chunk], negatives[chunk], seeds[chunk], chosen, sigmas, size, ground, callback
+                    )
+                    images = self.decode(latents, vae_tile)
+                for image in images:
+                    yield image if canvas is None or canvas.mask is None else composite(canvas, image)
+
+        return pictures()
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Map latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]; see `Codec`."""
@@ -303,7 +317,8 @@ class LatentDiffusionPipeline:
             return sigmas
         num_steps = int(options.steps * options.strength)
         if num_steps < 1:
-            least = -(-100 // options.steps) / 100
+            digits = 10 ** len(str(options.steps))
+            least = -(-digits // options.steps) / digits
             raise UserError(
                 f"strength={options.strength} of {options.steps} steps is less than one step: take more steps, or "
                 f"strength={least:g} and more"
@@ -353,7 +368,7 @@ class LatentDiffusionPipeline:
             x = x_0 + first * eps
         if ground is not None and ground.mask is not None and ground.masked is not None:
             seen = self.vae.latents(ground.masked, noise())
-            extra = torch.cat([ground.mask.round().expand(len(seen), -1, -1, -1), seen], dim=1)
+            extra = torch.cat([(ground.mask >= 0.5).float().expand(len(seen), -1, -1, -1), seen], dim=1)
 
         def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
             if extra is not None:
@@ -362,13 +377,14 @@ class LatentDiffusionPipeline:
 
         distinct = negatives if len(set(negatives)) > 1 else negatives[:1]
         context, null_context = (self.conditioner(t, options.clip_skip).to(dtype) for t in (prompts, distinct))
+        low, high = options.guidance_interval or (0.0, None)
         denoise: Any = GuidedDenoiser(
             Denoiser(network, self.schedule, self.prediction_type),
             context,
             null_context,
-            options.guidance_scale,
+            max(options.guidance_scale, 1.0),
             options.guidance_rescale,
-            options.guidance_interval or (0.0, float("inf")),
+            (low, math.inf if high is None else high),
         )
         masked = None
         if ground is not None and ground.mask is not None and not self.sees_mask:
@@ -394,6 +410,8 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise UserError(f"device={device} is not available: choose auto, cpu, cuda, cuda:1, mps or xpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

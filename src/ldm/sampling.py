@@ -1,7 +1,6 @@
 """What `sample.py` does: prompts from the command line, a file or a picture; pictures into a folder."""
 
 import hashlib
-import os
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,21 @@ from ldm.config import SampleConfig, check
 from ldm.errors import UserError
 
 PARTS = ("vae", "text_encoder", "unet", "tokenizer", "prediction_type", "variant")
+OPTIONS = (
+    "sampler", "steps", "spacing", "eta", "guidance_scale", "guidance_rescale", "guidance_interval", "clip_skip",
+    "strength",
+)  # fmt: skip
 CANVAS = ("height", "width", "init_image", "mask", "mask_blur", "outpaint", "vae_tile")
+# What a picture is drawn with, and brings when it is drawn again.
+RECORDED = ("ckpt", *PARTS, "prompt", "negative_prompt", "seed", *OPTIONS, *CANVAS, "dtype", "device")
 MOST_COPIES = 1024  # of a picture that is drawn again, whatever its file says
 
 
 def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path]:
     """Draw `num_images` pictures of each prompt; picture i of the call is drawn from `seed + i`.
 
-    Each becomes `NNNN-SEED-slug.png` in `out` as soon as its batch is done, with its settings in its text chunks;
-    several are laid out in `grid.png` too.
+    Each becomes `NNNN-SEED-slug.png` in `out` as soon as its batch is done, with its settings in its text chunks; the
+    numbers go on from those that are there. Several are laid out in `grid.png` too.
 
     Args:
         values: of `SampleConfig`.
@@ -33,16 +38,17 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
     Raises:
         UserError: bad settings; a file that is not there or cannot be read; `out` cannot be written.
     """
-    place, copies = 0, 1
+    place, copies, model_hash = 0, 1, None
     if values.get("from_image"):
-        values, place, copies = _again(values, stated)
+        values, place, copies, model_hash = _again(values, stated)
     config = check(SampleConfig, values)
     prompts, seeds = _asked(config)
+    from ldm.files import check_writable
     from ldm.weights.hub import check_source
 
     check_source(config.ckpt)  # before anything is made, and before torch has done its work
     out = Path(config.out).expanduser()
-    _check_writable(out)
+    check_writable(out / "picture.png", "out")
     from ldm.data.images import to_pixels
     from ldm.gallery import grid, save_png, slug
     from ldm.options import Options, default_strength
@@ -51,13 +57,15 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
 
     parts = {name: getattr(config, name) for name in PARTS}
     pipeline = LatentDiffusionPipeline.from_pretrained(config.ckpt, config.dtype, config.device, **parts)
-    options = vars(pipeline.resolve(Options(**{name: getattr(config, name) for name in vars(Options())})))
+    options = vars(pipeline.resolve(Options(**{name: getattr(config, name) for name in OPTIONS})))
     canvas = {name: getattr(config, name) for name in CANVAS}
     if config.init_image is None:
         canvas |= {"height": config.height or pipeline.default_size, "width": config.width or pipeline.default_size}
     else:
         options["strength"] = options["strength"] or default_strength(bool(config.mask or config.outpaint))
     hashing = ThreadPoolExecutor(1).submit(_digest, pipeline.unet_file)  # of gigabytes, while pictures are drawn
+    if model_hash is not None and model_hash != hashing.result():
+        print(f"warning: {config.ckpt} has changed since {values['from_image']} was drawn: the picture will be another")
     cut = {p for p in prompts if pipeline.conditioner.num_tokens(p) > pipeline.conditioner.max_length}
     for prompt in sorted(cut):
         print(f"warning: only the first {pipeline.conditioner.max_length} tokens are read of: {prompt}")
@@ -70,6 +78,7 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
         if config.init_image and getattr(config, name):
             fixed[f"{name}_sha256"] = _digest(Path(getattr(config, name)).expanduser())
     files: list[Path] = []
+    first = _next_number(out)  # nothing is written over
     drawn, started = [], time.monotonic()
     with progress("drawing", num_steps, "steps") as advance:
         images = pipeline.generate(
@@ -89,7 +98,7 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
             settings |= {"batch": [i % size, min(size, num * copies - i // size * size)]}
             settings |= {"size": [image.shape[2], image.shape[1]], "model": Path(config.ckpt).name}
             settings |= {"model_hash": hashing.result(), "ldm_version": __version__}
-            files.append(out / f"{len(files):04d}-{seeds[j]}-{slug(prompts[j])}.png")
+            files.append(out / f"{first + len(files):04d}-{seeds[j]}-{slug(prompts[j])}.png")
             drawn.append(to_pixels(image))
             try:
                 out.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
@@ -127,8 +136,8 @@ def _prompts(config: SampleConfig) -> list[str]:
     return prompts
 
 
-def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str, Any], int, int]:
-    """Return the config that a picture of ours was drawn with, its place in its batch, and that batch's size.
+def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str, Any], int, int, Any]:
+    """Return the config that a picture of ours was drawn with, its place in a batch of which size, the model's hash.
 
     The picture's text is data like a config's: it is checked by the schema.
 
@@ -139,23 +148,32 @@ def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str
 
     path = Path(values["from_image"]).expanduser()
     found = read_settings(path)
-    kept = {name: value for name, value in found.items() if name in SampleConfig.model_fields and name not in stated}
+    kept = {name: found[name] for name in RECORDED if name in found and name not in stated}
+    if not isinstance(kept.get("seed", 0), int):
+        raise UserError(f"{path}: its seed is {kept['seed']!r}, a picture has one")
     if "prompt_file" in stated:
         kept.pop("prompt", None)
-    if "init_image" in stated and values["init_image"] is None:
-        kept |= {"mask": None, "outpaint": None, "mask_blur": 0, "strength": None}
+    if "init_image" in stated:  # another picture has another size, and none has no mask
+        kept |= {name: None for name in ("height", "width") if name in kept}
+        if not values["init_image"]:
+            kept |= {"mask": None, "outpaint": None, "mask_blur": 0, "strength": None}
+    if {"mask", "outpaint"} & set(stated):
+        kept.pop("strength", None)
     for name in ("init_image", "mask"):
         before = found.get(f"{name}_sha256")
         if isinstance(kept.get(name), str) and before != _digest(Path(kept[name]).expanduser()):
             raise UserError(
                 f"{name}={kept[name]} is not there as {path} was drawn with it: put it back, or name one with {name}=…"
             )
+    if "ckpt" in kept:
+        print(f"{path}: ckpt={kept['ckpt']}")
     place, size = 0, 1
     if not {"prompt", "prompt_file", "num_images", "seed", "batch_size"} & set(stated):
         match found.get("batch"):
             case [int(at), int(of)] if 0 <= at < of <= MOST_COPIES:
                 place, size = at, of
-    return {**values, **kept}, place, size
+    model_hash = None if {"ckpt", *PARTS} & set(stated) else found.get("model_hash")
+    return {**values, **kept}, place, size, model_hash
 
 
 def _digest(path: Path | None) -> str | None:
@@ -166,14 +184,7 @@ def _digest(path: Path | None) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_writable(folder: Path) -> None:
-    """Know before any work is done, and without leaving a trace, that files can be written into a folder.
-
-    Raises:
-        UserError: they cannot.
-    """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"out={folder} cannot be written: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"out={folder} cannot be written: no permission to write into {there}")
+def _next_number(folder: Path) -> int:
+    """Return the first number that no picture in a folder has, nor any after it."""
+    taken = [int(path.name.partition("-")[0]) for path in folder.glob("[0-9]*-*.png") if path.name[:4].isdecimal()]
+    return max(taken, default=-1) + 1

@@ -13,10 +13,10 @@ import ldm
 import tiny
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.files import load_json
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.clip import CLIP, TextTower
 from ldm.nn.unet import UNet
-from ldm.weights.files import load_json
 from ldm.weights.folder import load_network, save_network, save_pipeline_index
 
 WEIGHTS = {UNet: "diffusion_pytorch_model", AutoencoderKL: "diffusion_pytorch_model", TextTower: "model", CLIP: "model"}

@@ -69,7 +69,7 @@ def test_what_may_be_a_model_passes_the_door(tmp_path, monkeypatch):
         check_source(source)
 
 
-@pytest.mark.parametrize("source", ["./a/b", "/a/b", "~/a/b", "nothing", "a/b/c", "a/b.safetensors", "a\\b", "é/b"])
+@pytest.mark.parametrize("source", ["", "./a/b", "/a/b", "~/a/b", "nothing", "a/b/c", "a/b.safetensors", "a\\b", "é/b"])
 def test_what_can_be_no_hub_id_is_looked_for_at_once(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert f"src={source}: there is no such" in refusal(check_source, source, "src")

@@ -397,6 +397,7 @@ def test_parts_may_be_mixed(model_folder, tmp_path):
     assert_same_network(mixed.unet, unet)
     assert mixed.unet_file.is_relative_to(tmp_path / "other") and mixed.scheduler == own.scheduler
     assert_same_network(load_model(str(model_folder), vae=str(tmp_path / "vae")).unet, own.unet)
+    assert_same(load_model(str(model_folder), vae="", text_encoder="", unet="", tokenizer=""), own)  # typed as `vae=`
 
 
 def test_parts_of_files_and_folders_may_be_mixed(model_folder, tmp_path):

@@ -20,7 +20,7 @@ def evaluate(values: Mapping[str, Any]) -> dict[str, Any]:
         UserError: bad settings; `ckpt` is no finished model; a metric does not apply to this model.
     """
     config = check(EvaluateConfig, values)
-    from ldm.weights.files import save_json
+    from ldm.files import save_json
     from ldm.weights.hub import find_model
 
     folder = find_model(config.ckpt)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,11 +171,11 @@ class Decoder(nn.Module):
 
     def low(self, x: Tensor) -> Tensor:
         """Do what is to be done at latent size: (B, in_channels, h, w) to features (B, C, h, w)."""
-        return self.up_blocks[0].residual(self.mid_block(self.conv_in(x)))
+        return cast(Level, self.up_blocks[0]).residual(self.mid_block(self.conv_in(x)))
 
     def high(self, x: Tensor) -> Tensor:
         """Map features of latent size to images (B, 3, H, W): what costs memory, and sees but near by."""
-        x = self.up_blocks[0].resize(x)
+        x = cast(Level, self.up_blocks[0]).resize(x)
         for block in self.up_blocks[1:]:
             x = block(x)
         return self.conv_out(self.conv_act(self.conv_norm_out(x)))

@@ -234,6 +234,11 @@ class UNet(nn.Module):
         """Height and width of the latents must be divisible by this number."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
+    @property
+    def sees_mask(self) -> bool:
+        """Whether it is made for inpainting: it is shown a mask and the masked picture beside the latents."""
+        return self.config["in_channels"] == 2 * self.config["out_channels"] + 1
+
     @torch.no_grad()
     def zero_residual_branches(self) -> None:
         """Set the last layer of every residual branch, and of the network, to zero."""

@@ -17,6 +17,7 @@ from ldm.data.datamodule import DataModule, Pictures
 from ldm.data.latents import cached_latents
 from ldm.data.sources import open_sources
 from ldm.errors import UserError
+from ldm.files import written_atomically
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
 from ldm.training.checkpointing import AtomicCheckpointIO, last_checkpoint_callback, read_header
 from ldm.training.clip import ClipModule
@@ -26,7 +27,6 @@ from ldm.training.module import StageModule
 from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, check_networks, load_frozen
 from ldm.training.optim import build_optimizer
 from ldm.training.stages import PARTS, is_done, record_result, stage_inputs, stage_steps
-from ldm.weights.files import written_atomically
 from ldm.weights.folder import save_network, save_pipeline_index
 
 ENCODE_BATCH = 64

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ldm.errors import UserError
-from ldm.weights.files import load_json, parse_json
+from ldm.files import load_json, parse_json
 from ldm.weights.folder import NETWORKS, build_network, check_class, config_hash
 from ldm.weights.kinds import recognise
 from ldm.weights.single_file import Network, join, split

@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm.config import ConvertConfig, check
 from ldm.errors import UserError
-from ldm.weights.files import check_writable, load_json
+from ldm.files import check_writable, load_json
 from ldm.weights.hub import INDEX, fetch, locate
 
 CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}  # what is converted by itself
@@ -25,7 +25,9 @@ def convert(values: Mapping[str, Any]) -> Path:
     config = check(ConvertConfig, values)
     dst = Path(config.dst).expanduser().absolute()
     _check_destination(dst, config)
-    locate(config.src, "src")  # before torch has done its work
+    src = locate(config.src, "src")  # before torch has done its work
+    if src is not None and dst in (src.absolute(), *src.absolute().parents):
+        raise UserError(f"dst={config.dst} holds src={config.src}: write elsewhere")
     import torch
 
     from ldm.weights.archive import write_archive
@@ -36,6 +38,10 @@ def convert(values: Mapping[str, Any]) -> Path:
     is_file = dst.suffix == ".safetensors"
     others = {name: getattr(config, name) for name in (*PARTS, "tokenizer", "prediction_type")}
     part = None if any(others.values()) else _lone_part(config)
+    if dst.is_dir() and any(dst.iterdir()) and (dst / INDEX).is_file() != (part is None):
+        raise UserError(
+            f"dst={config.dst} holds {'a single network' if part is None else 'a whole model'}: write elsewhere"
+        )
     if part:  # tensors are mapped from the file, and converted as they are written
         network = load_part(NETWORKS[part], config.src, None, config.variant, "src")
         networks = {part: network}

@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.files import load_json, save_json, written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.clip import CLIP, TextTower
 from ldm.nn.unet import UNet
-from ldm.weights.files import load_json, save_json, written_atomically
 from ldm.weights.hub import INDEX, SETTINGS, weight_files
 from ldm.weights.tensors import read_weights, write_weights
 

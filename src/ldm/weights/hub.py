@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.weights.files import load_json
+from ldm.files import load_json
 
 INDEX = "model_index.json"
 SETTINGS = "ldm.json"  # beside it: what `sample.py` does unless told otherwise; other tools pass it over
@@ -50,7 +50,7 @@ def locate(source: str, option: str) -> Path | None:
         UserError: it is neither.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         return path
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
         raise UserError(f"{option}={source}: there is no such folder or file (seen from {Path.cwd()})")
@@ -211,7 +211,7 @@ def _snapshot(repo_id: str, patterns: Collection[str], option: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such repository, no permission: for the user one and the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"{option}={repo_id} is no local folder and cannot be had from the hub: {reason}; name a mirror "
             f"({option}=<other/id>) or a local folder ({option}=./folder)"

@@ -10,11 +10,11 @@ import torch
 
 from ldm.diffusion.parameterization import check_prediction_type
 from ldm.errors import UserError
+from ldm.files import load_json, written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.clip import TextTower
 from ldm.nn.unet import UNet
 from ldm.weights.archive import SD_SCHEDULER, Archive, read_archive, take_network, write_archive
-from ldm.weights.files import load_json, written_atomically
 from ldm.weights.folder import FORMATS, NETWORKS, M, load_network, save_index, save_network
 from ldm.weights.hub import INDEX, SETTINGS, check_source, fetch, find_part, model_folder, weight_files
 from ldm.weights.tokenizer import find_tokenizer, is_open_clip, tokenizer_files
@@ -91,7 +91,7 @@ def load_model(
             raise UserError(str(error)) from None
     others = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     dtypes = {"unet": dtype, "vae": vae_dtype or dtype, "text_encoder": dtype}
-    own = [part for part, other in others.items() if other is None]
+    own = [part for part, other in others.items() if not other]
     path = fetch(source, (*own, "tokenizer", "scheduler"), option, variant)
     archive = read_archive(path) if path.is_file() else None
     if archive is None:
@@ -219,8 +219,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
     Raises:
         UserError: it cannot be written.
     """
-    sees_mask = model.unet.config["in_channels"] > model.unet.config["out_channels"]
-    pipeline = "StableDiffusionInpaintPipeline" if sees_mask else "StableDiffusionPipeline"
+    pipeline = "StableDiffusionInpaintPipeline" if model.unet.sees_mask else "StableDiffusionPipeline"
     with failing_for_people(folder), written_atomically(folder) as temporary:
         save_network(model.unet, temporary / "unet", dtype)
         save_network(model.vae, temporary / "vae", dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.errors import UserError
-from ldm.weights.files import file_written_atomically
+from ldm.files import file_written_atomically
 
 CODES = {
     torch.float64: "F64",

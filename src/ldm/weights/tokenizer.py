@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.files import load_json
 from ldm.nn.clip import TextTower
 from ldm.weights.archive import Archive, read_archive
-from ldm.weights.files import load_json
 from ldm.weights.hub import TOKENIZER_FILES, fetch, find_part, part_folder
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # that of every Stable Diffusion 1.x and 2.x
@@ -62,12 +62,12 @@ def find_tokenizer(
     options: dict[str, Any] = {}
     if isinstance(base, Archive) and not base.told and is_open_clip(text_tower):
         options["pad_token"] = "!"  # id 0, as OpenCLIP pads; CLIP's own pads with the end of text
-    if tokenizer is not None:
+    if tokenizer:
         found = _from_source(tokenizer, "tokenizer", options)
         if found is None:
             raise UserError(f"tokenizer={tokenizer} holds no tokenizer {WANTED}")
         return found
-    if text_encoder is not None and (found := _from_source(text_encoder, "text_encoder", options)):
+    if text_encoder and (found := _from_source(text_encoder, "text_encoder", options)):
         return found
     if isinstance(base, Path):
         return load_tokenizer(part_folder(base, "tokenizer") or base / "tokenizer")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.weights.files import check_writable, file_written_atomically, load_json, save_json, written_atomically
+from ldm.files import check_writable, file_written_atomically, load_json, save_json, written_atomically
 
 
 def test_json_round_trip(tmp_path):
