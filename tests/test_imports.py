@@ -19,9 +19,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "": {"pipeline"},  # ldm/__init__.py, on demand
     "cli": {"config"},
-    "config": {"cli"},
+    "config": {"cli", "files"},
     "conditioner": {"nn"},
-    "weights": {"", "config", "nn", "diffusion"},
+    "files": set(),
+    "weights": {"", "config", "files", "nn", "diffusion"},
     "data": {"config", "nn", "conditioner"},
     "gallery": {"data", "files"},
     "canvas": {"data"},

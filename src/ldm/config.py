@@ -26,6 +26,7 @@ from pydantic import NonNegativeInt as Count0
 
 from ldm.cli import nearest
 from ldm.errors import UserError
+from ldm.files import WEIGHT_SUFFIXES
 
 Stage = Literal["autoencoder", "clip", "diffusion"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -375,9 +376,6 @@ class EvaluateConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"]
 
 
-FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # endings of files of weights
-
-
 class ConvertConfig(Section):
     src: str = Field(min_length=1)
     dst: str = Field(min_length=1)
@@ -395,7 +393,7 @@ class ConvertConfig(Section):
     def _one_format(self) -> Self:
         is_file = self.dst.endswith(".safetensors")
         suffix = Path(self.dst).suffix
-        if suffix.lower() in FILES and not is_file:
+        if suffix.lower() in WEIGHT_SUFFIXES and not is_file:
             raise ValueError(f"files are written as safetensors: let dst={self.dst} end in .safetensors")
         if self.format == "single_file" and not is_file:
             raise ValueError(f"format=single_file writes safetensors: dst={self.dst} must end in .safetensors")

@@ -11,6 +11,9 @@ from typing import Any, BinaryIO
 
 from ldm.errors import UserError
 
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Of files of weights, as they are found; what is written is safetensors."""
+
 
 def load_json(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.files import load_json
+from ldm.files import WEIGHT_SUFFIXES, load_json
 
 INDEX = "model_index.json"
 SETTINGS = "ldm.json"  # beside it: what `sample.py` does unless told otherwise; other tools pass it over
@@ -17,7 +17,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
-FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 FALLBACK = "fp16"  # the one variant that some repositories hold alone
 
@@ -36,10 +35,10 @@ def check_source(source: str, option: str = "ckpt") -> None:
         return
     if path.is_dir():
         model_folder(path, f"{option}={source}")
-    elif path.suffix not in FILES:
+    elif path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(
             f"{option}={source} is a file of another kind: name a run directory, a model folder (with {INDEX}), a hub "
-            f"id, or a file of weights ({', '.join(FILES)})"
+            f"id, or a file of weights ({', '.join(WEIGHT_SUFFIXES)})"
         )
 
 
@@ -54,7 +53,7 @@ def locate(source: str, option: str) -> Path | None:
         return path
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
         raise UserError(f"{option}={source}: there is no such folder or file (seen from {Path.cwd()})")
-    if path.suffix in FILES:
+    if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(f"{option}={source}: there is no such file (seen from {Path.cwd()})")
     return None
 
@@ -165,7 +164,7 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index} names no files (weight_map)")
     names = {str(name) for name in shards.values()}
-    if outside := sorted(name for name in names if Path(name).name != name or Path(name).suffix not in FILES):
+    if outside := sorted(name for name in names if Path(name).name != name or Path(name).suffix not in WEIGHT_SUFFIXES):
         raise UserError(f"{index} names {outside[0]!r}, which is no file of weights beside it")
     return [index.parent / name for name in sorted(names)]
 
