@@ -120,8 +120,25 @@ def test_dst_is_replaced_only_where_that_is_said(model, tmp_path, capsys):
         assert {tensor.dtype for tensor in states(dst).values()} == {torch.float32}
         assert run_script("convert", f"src={model}", f"dst={dst}", "dtype=fp16", "overwrite=true") == 0
         assert {tensor.dtype for tensor in states(dst).values()} == {torch.float16}
-        assert run_script("convert", f"src={dst}", f"dst={dst}", "dtype=fp32", "overwrite=true") == 0  # upon itself
-        assert {tensor.dtype for tensor in states(dst).values()} == {torch.float32}
+
+
+def test_what_is_read_is_never_replaced(model, tmp_path, capsys):
+    shutil.copytree(model / "model", tmp_path / "model")
+    assert run_script("convert", f"src={model}", f"dst={tmp_path / 'one.safetensors'}") == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for src, dst in (("model", "model"), ("model/vae", "model"), ("one.safetensors", "one.safetensors")):
+        assert run_script("convert", f"src={tmp_path / src}", f"dst={tmp_path / dst}", "overwrite=true") == 2
+        assert f"dst={tmp_path / dst} holds src={tmp_path / src}: write elsewhere" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_model_and_a_network_do_not_replace_one_another(model, tmp_path, capsys):
+    shutil.copytree(model / "model", tmp_path / "model")
+    shutil.copytree(model / "model" / "vae", tmp_path / "vae")
+    for src, dst, holds in ((model / "model" / "vae", "model", "a whole model"), (model, "vae", "a single network")):
+        assert run_script("convert", f"src={src}", f"dst={tmp_path / dst}", "overwrite=true") == 2
+        assert f"dst={tmp_path / dst} holds {holds}: write elsewhere" in capsys.readouterr().err
+    assert (tmp_path / "model" / "unet").is_dir() and not (tmp_path / "vae" / "unet").exists()
 
 
 def test_a_folder_of_something_else_is_never_replaced(model, tmp_path, capsys, monkeypatch):

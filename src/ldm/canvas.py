@@ -274,10 +274,12 @@ def grow(pixels: Pixels, mask: Mask | None, added: dict[str, int], factor: int, 
         for length, sides in zip(total, (("bottom", "top"), ("right", "left")), strict=True):
             side = max(sides, key=lambda side: added[side])
             fitting[side] += -length % factor
-        words = ",".join(f"{side}:{value}" for side, value in fitting.items() if value)
+        asked, fits = (
+            ",".join(f"{side}:{value}" for side, value in each.items() if value) for each in (added, fitting)
+        )
         raise UserError(
-            f"outpaint={','.join(f'{side}:{value}' for side, value in added.items() if value)}: the canvas would be "
-            f"{in_words(total)}, and this model draws sizes divisible by {factor}; outpaint={words} fits"
+            f"outpaint={asked}: the canvas would be {in_words(total)}, and this model draws sizes divisible by "
+            f"{factor}; outpaint={fits} fits"
         )
     around = (added["top"], added["bottom"]), (added["left"], added["right"])
     new = np.pad(np.zeros((height, width), bool), around, constant_values=True)
@@ -294,7 +296,7 @@ def soften(mask: Mask, blur: int) -> Mask:
 
 
 def distance(region: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
-    """Return each pixel's Euclidean distance (H, W) to the nearest of `region`, inf where it is beyond `limit`."""
+    """Return each pixel's Euclidean distance (H, W) to the nearest of `region`; where that is beyond `limit`, more."""
     # The square is separable: min_y (Δy² + min_x Δx²), here down the columns and then, turned over, along the rows.
     limit = min(limit, max(region.shape))
     square = np.where(region, np.float32(0), np.float32(np.inf))

@@ -77,7 +77,7 @@ def test_the_same_content_makes_the_same_bytes(tmp_path):
         "write_weights(Path(sys.argv[1]), {n: torch.arange(4.) for n in 'cab'}, {n: n for n in 'zyxwvu'})"
     )
     digests = set()
-    for i in range(3):
+    for i in range(2):
         path = tmp_path / f"{i}.safetensors"
         subprocess.run([sys.executable, "-c", code, str(path)], check=True, env={**os.environ, "PYTHONPATH": str(SRC)})
         digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
