@@ -15,6 +15,7 @@ from ldm.nn.clip import CLIP, TextTower
 from ldm.weights.archive import write_archive
 from ldm.weights.folder import load_network, save_network
 from ldm.weights.model import load_model, load_part, save_single_file
+from ldm.weights.tensors import read_weights
 
 VAE = {"block_out_channels": [4], "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"],
        "norm_num_groups": 2, "mid_block_add_attention": False}  # fmt: skip
@@ -72,6 +73,7 @@ def test_a_damaged_network(files, edits):
     content = files["vae.safetensors"].read_bytes()
     path = files["vae"].parent / "damaged.safetensors"
     survives(lambda source: load_part(AutoencoderKL, source), path, damaged(content, edits))
+    survives(lambda source: read_weights(Path(source), torch.bfloat16), path, damaged(content, edits))
 
 
 @settings(max_examples=60, deadline=None)

@@ -45,6 +45,9 @@ def test_the_library_reads_what_we_write(tmp_path):
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "ldm_version": __version__, "kind": "unet", "é": '"{日本}\\\n'}
     assert_equal(read_weights(tmp_path / "x.safetensors"), state())
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = {name: tensor.to(dtype) for name, tensor in state().items()}
+        assert_equal(read_weights(tmp_path / "x.safetensors", dtype), expected)
     assert read_metadata(tmp_path / "x.safetensors")["é"] == '"{日本}\\\n'
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
 

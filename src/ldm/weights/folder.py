@@ -58,7 +58,7 @@ def load_network(
     """
     config = load_json(folder / "config.json")
     check_class(network, config, str(folder))
-    return build_network(network, config, load_weights(folder, variant), dtype, folder, folder / "config.json")
+    return build_network(network, config, load_weights(folder, variant, dtype), dtype, folder, folder / "config.json")
 
 
 def build_network(
@@ -133,8 +133,8 @@ def _with_our_names(network: type[nn.Module], state: Mapping[str, Tensor]) -> di
     return found
 
 
-def load_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """Read a folder's weights: one file, or the shards that an index names.
+def load_weights(folder: Path, variant: str | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Read a folder's weights: one file, or the shards that an index names; `dtype` is that of `read_weights`.
 
     Raises:
         UserError: there are none, or they cannot be read.
@@ -144,7 +144,7 @@ def load_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
         print(
             f"note: {folder} holds {f'no variant {variant}' if variant else f'{form} alone'}: {files[0].name} is taken"
         )
-    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    return {name: tensor for file in files for name, tensor in read_weights(file, dtype).items()}
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:

@@ -16,17 +16,8 @@ from ldm.nn.clip import TextTower
 from ldm.nn.unet import UNet
 from ldm.weights.archive import SD_SCHEDULER, Archive, read_archive, take_network, write_archive
 from ldm.weights.folder import FORMATS, NETWORKS, M, load_network, save_index, save_network
-from ldm.weights.hub import INDEX, SETTINGS, check_source, fetch, find_part, model_folder, weight_files
+from ldm.weights.hub import INDEX, SETTINGS, fetch, find_part, model_folder, weight_files
 from ldm.weights.tokenizer import find_tokenizer, is_open_clip, tokenizer_files
-
-__all__ = [
-    "Model",
-    "check_source",
-    "load_model",
-    "load_part",
-    "save_model",
-    "save_single_file",
-]
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # What a folder may list beside them; we draw without.
@@ -66,7 +57,6 @@ def load_model(
     tokenizer: str | None = None,
     prediction_type: str | None = None,
     variant: str | None = None,
-    vae_dtype: torch.dtype | None = None,
     option: str = "ckpt",
 ) -> Model:
     """Load a model: from a run directory, a model folder, a hub id or a single file.
@@ -78,7 +68,6 @@ def load_model(
             brings its tokenizer where it has one.
         prediction_type: what the U-Net predicts, where the source does not say or says something wrong.
         variant: of the files, such as `fp16`.
-        vae_dtype: that the VAE is held in; None for `dtype`.
         option: how the user gives `source`, for messages.
 
     Raises:
@@ -90,7 +79,6 @@ def load_model(
         except ValueError as error:
             raise UserError(str(error)) from None
     others = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    dtypes = {"unet": dtype, "vae": vae_dtype or dtype, "text_encoder": dtype}
     own = [part for part, other in others.items() if not other]
     path = fetch(source, (*own, "tokenizer", "scheduler"), option, variant)
     archive = read_archive(path) if path.is_file() else None
@@ -100,7 +88,7 @@ def load_model(
     found = {}
     for part, other in others.items():
         place = _open(other, part, variant, part) if other else archive or path / part
-        found[part] = _take(part, place, dtypes[part], variant)
+        found[part] = _take(part, place, dtype, variant)
     (net, unet_file), (autoencoder, _), (text_tower, _) = found.values()
     check_fit(net, autoencoder, text_tower, source)
     if archive is None:

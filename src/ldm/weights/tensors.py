@@ -26,14 +26,25 @@ CODES = {
 }
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a `.safetensors` file, or of a pickle (`.ckpt`, `.pt`, `.bin`); they are mapped, not copied.
+def read_weights(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Read the tensors of a `.safetensors` file, or of a pickle (`.ckpt`, `.pt`, `.bin`).
+
+    Args:
+        path: of the file.
+        dtype: None maps the file, and memory is taken as tensors are used. Otherwise tensors of floating point in
+            safetensors are read into memory of their own in this dtype, one after the other: then nothing is left of
+            the file when a network changes their layout.
 
     Raises:
         UserError: the file is missing, damaged or no such file; a pickle asks for more than tensors, which is refused
             without running any of it.
     """
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if path.suffix != ".safetensors":
+        return _read_pickle(path)
+    try:
+        return load_file(path) if dtype is None else _read_converted(path, dtype)
+    except Exception as error:  # damaged bytes may fail anywhere
+        raise _unreadable(path, error) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -47,11 +58,22 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise _unreadable(path, error) from error
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # damaged bytes may fail anywhere
-        raise _unreadable(path, error) from error
+def _read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as checked:  # the header against itself and the file's size
+        names = list(checked.keys())
+    kinds = {code: kind for kind, code in CODES.items()}
+    state = {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if any(header[name]["dtype"] not in kinds for name in names):
+            return load_file(path)  # whole numbers: no weights of a network
+        for name in sorted(names, key=lambda name: header[name]["data_offsets"]):
+            tensor = torch.empty(header[name]["shape"], dtype=kinds[header[name]["dtype"]])
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.readinto(tensor.flatten().view(torch.uint8).numpy().data)
+            state[name] = tensor.to(dtype)
+    return state
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
