@@ -115,7 +115,7 @@ def print_peak(side: str, folder: Path, preset: str) -> None:
         return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(key))
 
     if side == "ldm":
-        import transformers  # noqa: F401
+        from transformers import CLIPTokenizer  # noqa: F401
 
         import ldm.pipeline  # noqa: F401
     else:
