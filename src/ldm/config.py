@@ -306,14 +306,19 @@ class TrainConfig(Section):
 # ------------------------------------------------------------------------------------------------- the other scripts
 
 
-class SampleConfig(Section):
-    ckpt: str = Field(min_length=1)
+class MixedModel(Section):
+    """A model may have parts from elsewhere."""
+
     vae: str | None
     text_encoder: str | None
     unet: str | None
     tokenizer: str | None
     prediction_type: PredictionType | None
     variant: str | None
+
+
+class SampleConfig(MixedModel):
+    ckpt: str = Field(min_length=1)
     prompt: str | None
     prompt_file: str | None
     from_image: str | None
@@ -376,17 +381,11 @@ class EvaluateConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"]
 
 
-class ConvertConfig(Section):
+class ConvertConfig(MixedModel):
     src: str = Field(min_length=1)
     dst: str = Field(min_length=1)
     format: Literal["diffusers", "single_file"] | None
     dtype: Literal["fp32", "bf16", "fp16"] | None
-    vae: str | None
-    text_encoder: str | None
-    unet: str | None
-    tokenizer: str | None
-    prediction_type: PredictionType | None
-    variant: str | None
     overwrite: bool
 
     @model_validator(mode="after")
