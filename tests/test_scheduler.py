@@ -57,9 +57,16 @@ def test_where_the_last_step_ends():
 
 @pytest.mark.parametrize(
     "options",
-    [*({"_class_name": name} for name in DISTILLED), {"solver_order": 3}, {"solver_type": "heun"},
-     {"predict_x0": False}, {"final_sigmas_type": "sigma_min"}, {"variance_type": "learned_range"}, {"timestep_spacing": "even"}],
-)  # fmt: skip
+    [
+        *({"_class_name": name} for name in DISTILLED),
+        {"solver_order": 3},
+        {"solver_type": "heun"},
+        {"predict_x0": False},
+        {"final_sigmas_type": "sigma_min"},
+        {"variance_type": "learned_range"},
+        {"timestep_spacing": "even"},
+    ],
+)
 def test_what_our_samplers_do_not_do_is_refused_by_name(options):
     [(name, value)] = options.items()
     with pytest.raises(ValueError, match=rf"{name}={value!r} is not supported"):
