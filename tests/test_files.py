@@ -92,10 +92,10 @@ def test_names_as_long_as_a_file_system_takes(tmp_path):
 
 
 def test_places_that_cannot_be_written(tmp_path, monkeypatch):
-    check_writable(tmp_path / "a" / "b" / "c", "dst")
+    check_writable(tmp_path / "a" / "b", "dst=c")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=rf"dst={tmp_path}/file/x cannot be written: .*file is a file"):
-        check_writable(tmp_path / "file" / "x", "dst")
+    with pytest.raises(UserError, match=r"dst=x cannot be written: .*file is a file"):
+        check_writable(tmp_path / "file", "dst=x")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"no permission to write into {tmp_path}$"):
-        check_writable(tmp_path / "a" / "b", "dst")
+        check_writable(tmp_path / "a", "dst=b")

@@ -51,17 +51,21 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def check_writable(place: Path, option: str) -> None:
-    """Know before any work is done, and without leaving a trace, that a file or folder can be made.
+def check_writable(folder: Path, told: str) -> None:
+    """Know before any work is done, and without leaving a trace, that something can be put into a folder.
+
+    Args:
+        folder: it need not be there yet.
+        told: how the user gave it, such as `out=pictures`.
 
     Raises:
-        UserError: it cannot.
+        UserError: nothing can be put there; the message begins with `told`.
     """
-    there = next(path for path in place.absolute().parents if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"{option}={place} cannot be written: {there} is a file")
+        raise UserError(f"{told} cannot be written: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{option}={place} cannot be written: no permission to write into {there}")
+        raise UserError(f"{told} cannot be written: no permission to write into {there}")
 
 
 @contextmanager

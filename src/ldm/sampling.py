@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ldm.config import SampleConfig, check
 from ldm.errors import UserError
 
 PARTS = ("vae", "text_encoder", "unet", "tokenizer", "prediction_type", "variant")
+DRAWN_UPON = ("init_image", "mask")  # files, which must be as they were when a picture is drawn again
 OPTIONS = (
     "sampler", "steps", "spacing", "eta", "guidance_scale", "guidance_rescale", "guidance_interval", "clip_skip",
     "strength",
@@ -48,7 +50,7 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
 
     check_source(config.ckpt)  # before anything is made, and before torch has done its work
     out = Path(config.out).expanduser()
-    check_writable(out / "picture.png", "out")
+    check_writable(out, f"out={config.out}")
     from ldm.data.images import to_pixels
     from ldm.gallery import grid, save_png, slug
     from ldm.options import Options, default_strength
@@ -57,7 +59,7 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
 
     parts = {name: getattr(config, name) for name in PARTS}
     pipeline = LatentDiffusionPipeline.from_pretrained(config.ckpt, config.dtype, config.device, **parts)
-    options = vars(pipeline.resolve(Options(**{name: getattr(config, name) for name in OPTIONS})))
+    options = asdict(pipeline.resolve(Options(**{name: getattr(config, name) for name in OPTIONS})))
     canvas = {name: getattr(config, name) for name in CANVAS}
     if config.init_image is None:
         canvas |= {"height": config.height or pipeline.default_size, "width": config.width or pipeline.default_size}
@@ -74,9 +76,9 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
     num, size = len(prompts), copies if copies > 1 else config.batch_size
     num_steps = int(options["steps"] * (options["strength"] or 1)) * -(-num * copies // size)
     fixed = {"ckpt": config.ckpt, **parts, **options, **canvas, "dtype": config.dtype, "device": config.device}
-    for name in ("init_image", "mask"):
-        if config.init_image and getattr(config, name):
-            fixed[f"{name}_sha256"] = _digest(Path(getattr(config, name)).expanduser())
+    for name in DRAWN_UPON:
+        if canvas[name]:
+            fixed[f"{name}_sha256"] = _digest(Path(canvas[name]).expanduser())
     files: list[Path] = []
     first = _next_number(out)  # nothing is written over
     drawn, started = [], time.monotonic()
@@ -159,7 +161,7 @@ def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str
             kept |= {"mask": None, "outpaint": None, "mask_blur": 0, "strength": None}
     if {"mask", "outpaint"} & set(stated):
         kept.pop("strength", None)
-    for name in ("init_image", "mask"):
+    for name in DRAWN_UPON:
         before = found.get(f"{name}_sha256")
         if isinstance(kept.get(name), str) and before != _digest(Path(kept[name]).expanduser()):
             raise UserError(

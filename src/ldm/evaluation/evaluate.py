@@ -1,6 +1,5 @@
 """What `evaluate.py` does: metrics of a trained model, as JSON, as a table, as pictures."""
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ def evaluate(values: Mapping[str, Any]) -> dict[str, Any]:
         UserError: bad settings; `ckpt` is no finished model; a metric does not apply to this model.
     """
     config = check(EvaluateConfig, values)
-    from ldm.files import save_json
+    from ldm.files import check_writable, save_json
     from ldm.weights.hub import find_model
 
     folder = find_model(config.ckpt)
@@ -30,8 +29,7 @@ def evaluate(values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"out={config.out}: there is no folder {out.parent}")
     if out.is_dir() or out.suffix != ".json":
         raise UserError(f"out={config.out} must name a file that ends in .json")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{out} cannot be written: no permission to write into {out.parent}")
+    check_writable(out.parent, f"out={out}")
     started = time.monotonic()
     results: dict[str, Any] = {"ckpt": config.ckpt}
     for metric in config.metrics:

@@ -70,7 +70,7 @@ def convert(values: Mapping[str, Any]) -> Path:
 
 
 def _check_destination(dst: Path, config: ConvertConfig) -> None:
-    check_writable(dst, "dst")
+    check_writable(dst.parent, f"dst={config.dst}")
     if not dst.exists():
         return
     if not config.overwrite:
