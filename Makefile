@@ -31,7 +31,7 @@ demo: install  ## train the built-in experiment from nothing, draw samples, meas
 	@echo 'draw more    $(BIN)/python sample.py ckpt=$(DEMO) prompt="a small green heart at the top of a white background"'
 
 test: install  ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: install  ## run the slow tests (CI does); DEMO_RESULT=outputs/shapes looks at the demo's result
 	LDM_DEMO=$(DEMO_RESULT) $(BIN)/python -m pytest -m slow

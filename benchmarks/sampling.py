@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small": {"batch": 4, "side": 16, "width": 256, "layers": 4, "vae": [32, 64, 128], "steps": 20, "dtype": "fp32"},
     "sd15": {
         "batch": 1, "side": 64, "width": 768, "layers": 12, "vae": [128, 256, 512, 512], "steps": 2, "dtype": "bf16",
-        "rounds": 2,
+        "rounds": 4,
     },
 }  # fmt: skip
 
