@@ -158,7 +158,8 @@ def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str
     if "init_image" in stated:  # another picture has another size, and none has no mask
         kept |= {name: None for name in ("height", "width") if name in kept}
         if not values["init_image"]:
-            kept |= {"mask": None, "outpaint": None, "mask_blur": 0, "strength": None}
+            none = {"mask": None, "outpaint": None, "mask_blur": 0, "strength": None}
+            kept |= {name: value for name, value in none.items() if name not in stated}
     if {"mask", "outpaint"} & set(stated):
         kept.pop("strength", None)
     for name in DRAWN_UPON:
