@@ -35,11 +35,6 @@ def to_vp(x: Tensor, sigma: float) -> Tensor:
     return x / math.sqrt(1 + sigma**2)
 
 
-def from_vp(x_t: Tensor, sigma: float) -> Tensor:
-    """Turn a variance-preserving x_t into x = x_0 + sigma·ε, the inverse of `to_vp`."""
-    return x_t * math.sqrt(1 + sigma**2)
-
-
 @torch.no_grad()
 def ddim(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0

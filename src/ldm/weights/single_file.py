@@ -49,12 +49,8 @@ NUM_OPEN_CLIP_LAYERS = 24  # of ViT-H/14's text tower, that of Stable Diffusion 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def split(
-    state: Mapping[str, Tensor],
-    configs: Mapping[str, Mapping[str, Any]] | None = None,
-    use_ema: bool = True,
-) -> dict[str, Network]:
-    """Take a file in the original names apart into its networks.
+def split(state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Network]:
+    """Take a file in the original names apart into its networks; where it holds an EMA of the U-Net, that is taken.
 
     Parameters that are unknown within a part stay in its state under the file's name for them, less the part's prefix:
     a strict load will name them.
@@ -62,7 +58,6 @@ def split(
     Args:
         state: the file's tensors, of any dtype and on any device, the meta device too. A VAE may stand without prefix.
         configs: by part, options that go before what `infer_config` says; some or all of them.
-        use_ema: whether the EMA of the U-Net goes before its last weights, where the file holds both.
 
     Returns:
         "unet", "vae" and "text_encoder", those of them that the file holds.
@@ -74,7 +69,7 @@ def split(
     files = _take_apart(state)
     unet, ema = files.pop("unet", {}), files.pop("ema", {})
     if unet or ema:
-        files["unet"] = {**unet, **ema} if use_ema else {**ema, **unet}
+        files["unet"] = {**unet, **ema}
     if "clip" in files and "open_clip" in files:
         raise UserError("the file holds two text encoders, one in CLIP's names and one in OpenCLIP's")
     networks = {}
