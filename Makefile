@@ -46,6 +46,7 @@ type: install  ## check types
 bench: install  ## compare speed with diffusers; results go to benchmarks/results
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/data.py
 
 clean:  ## remove what tools left behind (not .venv, not outputs)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ def load_preset(name: str, sample_size: int, context_dim: int) -> dict[str, Any]
     return {"sample_size": sample_size, "cross_attention_dim": context_dim, **options}
 
 
-def run_alternately(work: Mapping[str, Callable[[], Any]], rounds: int, warmup: int) -> dict[str, list[float]]:
+def run_alternately(
+    work: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Return the seconds of each piece of work in each round, so that whatever else the machine does hits all."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for i in range(rounds + warmup):
         for name, run in work.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if i >= warmup:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return times
 
 
@@ -50,8 +53,6 @@ def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    import diffusers
-
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
@@ -62,7 +63,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **{name: version(name) for name in ("diffusers", "torchvision", "pillow")},
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
     }

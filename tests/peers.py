@@ -64,3 +64,38 @@ def write_folder(folder: Path, kind: str, in_channels: int = 4) -> Path:
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def write_hub(root: Path) -> dict[str, Path]:
+    """Tiny random models, written by the libraries whose format it is, under the hub ids that the configs name."""
+    from diffusers import AutoencoderKL as TheirVAE
+    from diffusers import UNet2DConditionModel as TheirUNet
+    from transformers import CLIPConfig, CLIPModel
+
+    from ldm.conditioner import train_tokenizer
+
+    tokenizer = train_tokenizer(["a red circle", "a blue square"], 600, 16)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**text, "image_size": 16, "patch_size": 8}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = TheirVAE(
+            block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, sample_size=16,
+            up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, latent_channels=4, scaling_factor=0.18215,
+        )  # fmt: skip
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        unet = TheirUNet(
+            block_out_channels=[8, 16], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], layers_per_block=1,
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], norm_num_groups=4, attention_head_dim=2,
+            cross_attention_dim=16, sample_size=8,
+        )  # fmt: skip
+    unet.save_pretrained(root / "sd15" / "unet")
+    vae.save_pretrained(root / "vae")
+    clip.save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+    return {
+        "stabilityai/sd-vae-ft-mse": root / "vae",
+        "openai/clip-vit-large-patch14": root / "clip",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": root / "sd15",
+    }

@@ -37,6 +37,14 @@ TINY = (
     "trainer.checkpoint_every=2", "callbacks.samples.every=100", "callbacks.samples.num_images=2", "sampling.steps=2",
 )  # fmt: skip
 
+# The same over pretrained encoders, of which only the U-Net is trained.
+SMALL = [
+    "data.resolution=16", "data.num_val=2", "data.batch_size=4", "data.num_workers=0", "unet=tiny",
+    *(item for item in TINY if "unet." in item),
+    "trainer=cpu", "trainer.max_steps=2", "trainer.val_every=2", "trainer.val_batches=1", "sampling.steps=2",
+    "callbacks.samples.every=100", "callbacks.samples.num_images=2", "optim.warmup_steps=0",
+]  # fmt: skip
+
 
 def compose_values(config_name: str, overrides: Sequence[str] = (), config_dir: Path = cli.CONF_DIR) -> dict[str, Any]:
     """Compose as Hydra does for a script, and resolve."""

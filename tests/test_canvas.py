@@ -19,7 +19,7 @@ from ldm.canvas import (
     parse_outpaint,
     wanted_size,
 )
-from ldm.data.images import to_pixels, to_tensor
+from ldm.data.images import decode, to_channels, to_pixels, to_tensor
 from ldm.errors import UserError
 
 MODEL = {"factor": 8, "default_size": 64}
@@ -118,6 +118,26 @@ def layer(colour):
     return pixels
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_picture_comes_in_the_channels_of_the_model(channels):
+    given_picture = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    for pixels in (given_picture, given_picture[..., :3], given_picture[..., :1], given_picture[..., 0]):
+        canvas = make_canvas(pixels, stripe(), **FREE, channels=channels)
+        assert np.array_equal(canvas.pixels, decode(encoded(pixels.squeeze()), channels=channels))
+        assert canvas.mask.shape == (64, 64)
+    scaled = make_canvas(given_picture, stripe(), **MODEL, height=32, width=48, outpaint="top:8", channels=channels)
+    assert scaled.pixels.shape == (40, 48, channels) and scaled.mask.shape == (40, 48)
+    assert masked_image(scaled).shape == (1, channels, 40, 48)
+    assert composite(scaled, torch.zeros(channels, 40, 48)).shape == (channels, 40, 48)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_what_is_drawn_in_other_channels_is_laid_over_the_picture_in_these(channels):
+    pixels = picture(16, 16)
+    found = to_pixels(composite(Canvas(pixels, np.zeros((16, 16), np.float32)), torch.zeros(channels, 16, 16)))
+    assert np.array_equal(found, to_channels(pixels, channels))
+
+
 @pytest.mark.parametrize(("colour", "left", "right"), [(0, 0, 1), (255, 1, 0)])
 def test_transparent_pixels_of_a_mask_are_the_other_colour(colour, left, right):
     found = make_canvas(picture(), layer(colour), **FREE).mask
@@ -135,6 +155,7 @@ def test_errors_say_which_argument_and_which_file(argument, tmp_path):
         (encoded(picture())[:500], rf"{argument}: not a readable picture: .*truncated"),
         (np.zeros((3, 64, 64), np.float32), rf"{argument}: an array must be uint8 .*, got float32 of shape \(3, 64"),
         (np.zeros((3, 64, 64), np.uint8), rf"{argument}: an array must be uint8 of shape"),
+        (np.zeros((64, 64, 2), np.uint8), rf"{argument}: an array must be uint8 of shape .* of shape \(64, 64, 2\)"),
         (np.zeros((0, 64), np.uint8), rf"{argument}: the array is empty"),
     ):
         with pytest.raises(UserError, match=message):

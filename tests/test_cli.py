@@ -138,6 +138,16 @@ def test_paths_of_the_train_config_are_free_text(tmp_path):
         assert values == "a (b), ${c} é"
 
 
+def test_paths_of_the_sources_in_a_mix_are_free_text_too():
+    overrides = ["data=mix", "+source@data.sources.a=folder", quote_free_text("data.sources.a.path=a (b), ${c} é")]
+    assert compose_values("train", overrides)["data"]["sources"]["a"]["path"] == "a (b), ${c} é"
+
+
+def test_several_columns_are_a_list():
+    overrides = ["data=hub", quote_free_text("data.caption_column=[long,short]")]
+    assert compose_values("train", overrides)["data"]["caption_column"] == ["long", "short"]
+
+
 # --------------------------------------------------------------------------------------------------- nearest, --help
 
 
@@ -159,7 +169,7 @@ def test_help_says_what_can_be_typed(name, flag, capsys):
     assert "python " + name + ".py" in text
     if name == "train":
         for group in ("experiment", "unet", "vae", "text_encoder", "optim", "trainer", "logger", "diffusion", "data"):
-            options = [path.stem for path in (cli.CONF_DIR / group).glob("*.yaml")]
+            options = [path.stem for path in (cli.CONF_DIR / group).glob("[!_]*.yaml")]
             line = next(line for line in text.splitlines() if line.split()[:1] == [group])
             assert all(option in line for option in options)
     else:

@@ -91,7 +91,15 @@ def test_an_unknown_key_is_named_with_the_nearest_real_one(composed, key, neares
         ("stages", "diffusion", "stages"),
         ("stages", ["clip", "clip"], "twice"),
         ("resume", "maybe", "'maybe'"),
-        ("data.kind", "foo", "data.kind must be 'shapes', 'hub' or 'custom'"),
+        ("data.kind", "foo", "data.kind must be one of shapes, hub, folder"),
+        ("data.buckets", "maybe", "data.buckets"),
+        ("data.crop", "left", "'left'"),
+        ("data.max_bad", 2, "data.max_bad"),
+        ("data.cache_dtype", "int8", "'int8'"),
+        ("data.background", [0, 0, 256], "256"),
+        ("data.background", [0, 0], "data.background"),
+        ("data.variants", 0, "data.variants"),
+        ("vae.in_channels", 2, "vae.in_channels"),
         ("data.objects", 3, "data.objects"),
         ("data.num_val", 0, "data.num_val"),
         ("data.batch_size", 0, "data.batch_size"),
@@ -284,3 +292,29 @@ def test_every_script_has_a_schema_and_a_yaml_that_fits():
             name
         ]
         check(SCHEMAS[name], compose_values(name, extra))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data=hub", "data.path=x", "data.streaming=true"], "it needs cache=false"),
+        (["data=hub", "data.path=x", "data.streaming=true", "data.buckets=true"], "buckets=true must know all sizes"),
+        (["data.cache=false", "data.cache_on_device=true"], "cache_on_device=true needs a cache"),
+        (["data=mix"], "+source@data.sources.<name>=folder"),
+        (["data=mix", "+source@data.sources.a=folder"], "config key 'data.sources.a.path' is missing"),
+        (["data=mix", "+data.sources.a={kind: shapes}"], "must be one of hub, folder, shards, custom"),
+        (["data=mix", "+source@data.sources.a=hub", "data.sources.a.path=x", "data.sources.a.streaming=true"], "False"),
+        (["data=mix", "+source@data.sources.a=hub", "data.sources.a.path=x", "+data.sources.a.weight=0"], "weight"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(overrides, says):
+    assert says in complaint(TrainConfig, compose_values("train", overrides))
+
+
+def test_a_mix_is_composed_of_sources():
+    overrides = ["data=mix", "+source@data.sources.a=folder", "data.sources.a.path=x", "+data.sources.a.weight=2"]
+    overrides += ["+source@data.sources.b=shards", "data.sources.b.path=[a.tar,b.tar]"]
+    data = check(TrainConfig, compose_values("train", overrides)).data
+    assert [(part.kind, part.path, part.weight) for part in data.sources.values()] == [
+        ("folder", "x", 2), ("shards", ["a.tar", "b.tar"], 1),
+    ]  # fmt: skip

@@ -17,15 +17,18 @@ from ldm.training import fit, networks
 from ldm.training.autoencoder import AutoencoderModule
 from ldm.training.optim import build_optimizer
 from ldm.weights import folder as weights
-from runs import TINY, compose_values, run_script, tiny_config
+from peers import write_hub
+from runs import SMALL, compose_values, run_script, tiny_config
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (cli.CONF_DIR / group).glob("*.yaml"))
+    return sorted(path.stem for path in (cli.CONF_DIR / group).glob("[!_]*.yaml"))
 
 
 # What an option cannot know by itself.
-NEEDS = {"data=hub": ["data.path=some/set"], "experiment=pictures": ["data.path=some/set"]}
+NEEDS = {case: ["data.path=some/set"] for case in ("data=hub", "data=folder", "data=shards", "experiment=pictures")} | {
+    "data=mix": ["+source@data.sources.a=folder", "data.sources.a.path=some/set"]
+}
 # A VAE or text encoder that is loaded is not trained.
 NEEDS |= {"vae=sd": ["stages=[clip,diffusion]"], "text_encoder=clip_l": ["stages=[autoencoder,diffusion]"]}
 EXPERIMENTS = options("experiment")
@@ -138,7 +141,7 @@ def test_trainers_loggers_and_callbacks_are_built(trainer, logger, tmp_path):
         overrides[-1] = "+" + overrides[-1]
     config = tiny_config(tmp_path, *overrides)
     module = AutoencoderModule(networks.build_vae(config), config.autoencoder, config.seed)
-    built = fit._build_trainer(config, module)
+    built = fit.build_trainer(config, module)
     assert {type(each).__name__ for each in built.loggers} >= {"MetricsCSV", "TensorBoardLogger"}
     assert ("WandbLogger" in {type(each).__name__ for each in built.loggers}) == (logger == "wandb")
     names = [type(each).__name__ for each in built.callbacks]
@@ -149,7 +152,7 @@ def test_trainers_loggers_and_callbacks_are_built(trainer, logger, tmp_path):
 
 def test_every_file_stands_in_a_group_that_train_knows():
     groups = {folder.name for folder in cli.CONF_DIR.iterdir() if folder.is_dir()}
-    assert groups == {case.split("=")[0] for case in CASES} | {"experiment", "debug"}
+    assert groups == {case.split("=")[0] for case in CASES} | {"experiment", "debug", "source"}
 
 
 # --------------------------------------------------------------------------------- pretrained parts, in true format
@@ -157,39 +160,7 @@ def test_every_file_stands_in_a_group_that_train_knows():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> dict[str, Path]:
-    """Tiny random models, written by the libraries whose format it is, under the hub ids that the configs name."""
-    from diffusers import AutoencoderKL as TheirVAE
-    from diffusers import UNet2DConditionModel as TheirUNet
-    from transformers import CLIPConfig, CLIPModel
-
-    from ldm.conditioner import train_tokenizer
-
-    root = tmp_path_factory.mktemp("hub")
-    tokenizer = train_tokenizer(["a red circle", "a blue square"], 600, 16)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**text, "image_size": 16, "patch_size": 8}
-    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = TheirVAE(
-            block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, sample_size=16,
-            up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, latent_channels=4, scaling_factor=0.18215,
-        )  # fmt: skip
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        unet = TheirUNet(
-            block_out_channels=[8, 16], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], layers_per_block=1,
-            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], norm_num_groups=4, attention_head_dim=2,
-            cross_attention_dim=16, sample_size=8,
-        )  # fmt: skip
-    unet.save_pretrained(root / "sd15" / "unet")
-    vae.save_pretrained(root / "vae")
-    clip.save_pretrained(root / "clip")
-    tokenizer.save_pretrained(root / "clip")
-    return {
-        "stabilityai/sd-vae-ft-mse": root / "vae",
-        "openai/clip-vit-large-patch14": root / "clip",
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": root / "sd15",
-    }
+    return write_hub(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +174,6 @@ def pictures(tmp_path_factory) -> Path:
         lines.append(f'{i:02d}.png,"a picture, number {i}"')
     (root / "metadata.csv").write_text("\n".join(lines) + "\n")
     return root
-
-
-SMALL = [
-    "data.resolution=16", "data.num_val=2", "data.batch_size=4", "data.num_workers=0", "unet=tiny",
-    *(item for item in TINY if "unet." in item),
-    "trainer=cpu", "trainer.max_steps=2", "trainer.val_every=2", "trainer.val_batches=1", "sampling.steps=2",
-    "callbacks.samples.every=100", "callbacks.samples.num_images=2", "optim.warmup_steps=0",
-]  # fmt: skip
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ ANY_TEXT = st.text(st.characters(), max_size=200)  # lone surrogates too: the co
 TEXT = st.text(max_size=200)
 
 
-def pixels(height=6, width=8, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def pixels(height=6, width=8, seed=0, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -91,6 +91,16 @@ def test_a_picture_without_settings(tmp_path):
     save_png(tmp_path / "a.png", pixels())
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "RGB" and not image.text and np.array_equal(np.asarray(image), pixels())
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_grey_and_transparent_pictures_keep_their_channels_and_settings(tmp_path, channels, mode):
+    given_pixels = pixels(channels=channels)
+    save_png(tmp_path / "a.png", given_pixels, {"seed": 3})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == mode
+        assert np.array_equal(np.asarray(image).reshape(given_pixels.shape), given_pixels)
+    assert read_settings(tmp_path / "a.png") == {"seed": 3}
 
 
 def test_long_prompts_fit(tmp_path):
@@ -183,6 +193,17 @@ def test_a_grid_holds_every_picture_in_its_place(num, columns, height, width, sc
         top, left = 4 + i // across * (height * scale + 4), 4 + i % across * (width * scale + 4)
         window = found[top : top + height * scale, left : left + width * scale]
         assert np.array_equal(window, image.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+@pytest.mark.parametrize("captions", [(), ("a red circle",) * 3])
+def test_a_grid_of_grey_pictures_is_grey_and_of_transparent_ones_shows_white(captions):
+    grey = [pixels(20, 60, seed, channels=1) for seed in range(3)]
+    assert np.array_equal(grid(grey, captions=captions), grid([g.repeat(3, axis=-1) for g in grey], captions=captions))
+    clear = np.zeros((20, 60, 4), np.uint8)
+    clear[:, 30:] = (255, 0, 0, 255)
+    found = grid([clear] * 3, captions=captions, scale=2)
+    assert found.shape == grid([clear[..., :3]] * 3, captions=captions, scale=2).shape
+    assert (found[4:44, 4:64] == 255).all() and (found[4:44, 64:124] == (255, 0, 0)).all()
 
 
 @settings(max_examples=40, deadline=None)

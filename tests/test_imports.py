@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conditioner": {"nn"},
     "files": set(),
     "weights": {"", "config", "files", "nn", "diffusion"},
-    "data": {"config", "nn", "conditioner"},
+    "data": {"config", "files", "nn", "conditioner", "progress"},
     "gallery": {"data", "files"},
     "canvas": {"data"},
     "codec": {"nn"},

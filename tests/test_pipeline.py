@@ -17,10 +17,13 @@ from PIL import Image
 
 import tiny
 from ldm import LatentDiffusionPipeline
+from ldm.data.images import to_pixels
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
+from ldm.gallery import read_settings
 from ldm.pipeline import DTYPES, find_device
 from ldm.weights.folder import load_json, save_network
+from runs import run_script
 
 PROMPT, OTHER = "a large red circle", "a small green star"
 
@@ -300,6 +303,98 @@ def test_nothing_is_left_to_be_trained(pipeline):
 def test_a_run_directory_is_opened_as_well(tmp_path, pipeline):
     tiny.write_model_folder(tmp_path / "model")
     assert torch.equal(draw(LatentDiffusionPipeline.from_pretrained(str(tmp_path), device="cpu")), draw(pipeline))
+
+
+# ----------------------------------------------------------------------------------------------------------- channels
+
+
+@pytest.fixture(scope="module", params=[(1, "L"), (4, "RGBA")], ids=["grey", "RGBA"])
+def coloured(request, tmp_path_factory):
+    """A model whose VAE has another number of channels, that number, and the mode of its pictures."""
+    channels, mode = request.param
+    folder = tiny.write_model_folder(tmp_path_factory.mktemp("channels") / "model")
+    save_network(tiny.vae(in_channels=channels, out_channels=channels), folder / "vae")
+    return folder, channels, mode
+
+
+def picture(mode, side=16):
+    pixels = np.random.default_rng(1).integers(0, 256, (side, side, 4), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def test_pictures_have_the_channels_of_the_vae(coloured):
+    folder, channels, mode = coloured
+    pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu")
+    found = draw(pipeline)
+    assert found.shape == (1, channels, 16, 16)
+    assert psnr(draw(pipeline, vae_tile=512), found) > 60
+    (image,) = pipeline(PROMPT, seed=3)
+    assert image.mode == mode and image.size == (16, 16)
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    expected = theirs(PROMPT, num_inference_steps=5, guidance_scale=3.0, generator=generator, output_type="np").images
+    assert psnr(found, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1) > 80
+
+
+@pytest.mark.parametrize("given_mode", ["L", "RGB", "RGBA"])
+def test_a_picture_to_draw_upon_comes_in_the_channels_of_the_vae(coloured, given_mode):
+    folder, _, mode = coloured
+    pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu")
+    given_picture = picture(given_mode)
+    base = Image.new("RGBA", (16, 16), "white")
+    seen = (
+        given_picture.convert("RGBA") if mode == "RGBA" else Image.alpha_composite(base, given_picture.convert("RGBA"))
+    )
+    one, other = (draw(pipeline, init_image=image, strength=0.2) for image in (given_picture, seen.convert(mode)))
+    assert psnr(one, other) > 50 and psnr(one, draw(pipeline, init_image=picture(mode).rotate(90), strength=0.2)) < 40
+
+
+def test_what_a_mask_keeps_is_kept_in_all_channels(coloured):
+    folder, channels, mode = coloured
+    pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    (found,) = draw(pipeline, init_image=picture(mode), mask=mask)
+    pixels = np.asarray(picture(mode)).reshape(16, 16, channels)
+    assert np.array_equal(to_pixels(found)[:, :8], pixels[:, :8])
+    assert (to_pixels(found)[:, 8:] != pixels[:, 8:]).any(axis=(0, 1)).all()
+    grown = draw(pipeline, init_image=picture(mode), outpaint="left:4")
+    assert np.array_equal(to_pixels(grown[0])[:, 4:], pixels)
+
+
+def test_an_inpainting_unet_over_other_channels(coloured, tmp_path):
+    _, channels, mode = coloured
+    model = tiny.write_model_folder(tmp_path / "model", in_channels=9, out_channels=4)
+    save_network(tiny.vae(in_channels=channels, out_channels=channels), model / "vae")
+    pipeline = LatentDiffusionPipeline.from_pretrained(str(model), device="cpu")
+    mask = np.full((16, 16), 255, np.uint8)
+    assert draw(pipeline, init_image=picture(mode), mask=mask).shape == (1, channels, 16, 16)
+
+
+def test_a_vae_that_gives_alpha_to_what_had_none(folder):
+    save_network(tiny.vae(in_channels=3, out_channels=4), folder / "vae")
+    pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), device="cpu")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    (found,) = draw(pipeline, init_image=picture("RGB"), mask=mask)
+    assert np.array_equal(to_pixels(found)[:, :8], np.asarray(picture("RGB").convert("RGBA"))[:, :8])
+
+
+def test_files_of_sample_have_the_channels_of_the_vae(coloured, tmp_path):
+    folder, _, mode = coloured
+    picture(mode).save(tmp_path / "a.png")
+    arguments = [f"ckpt={folder}", f"prompt={PROMPT}", "num_images=2", "steps=2", "device=cpu", f"out={tmp_path}/out"]
+    assert run_script("sample", *arguments, f"init_image={tmp_path}/a.png") == 0
+    *files, sheet = sorted((tmp_path / "out").glob("*.png"))
+    assert [Image.open(file).mode for file in files] == [mode] * 2 and Image.open(sheet).mode == "RGB"
+    assert [read_settings(file)["seed"] for file in files] == [0, 1]
+
+
+@pytest.mark.parametrize("option", ["in_channels", "out_channels"])
+def test_a_vae_of_channels_that_no_picture_has(folder, option):
+    save_network(tiny.vae(**{option: 2}), folder / "vae")
+    assert f"the VAE has {option}=2; pictures have 1 (grey), 3 (RGB) or 4 (RGBA)" in refusal(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

@@ -117,10 +117,13 @@ class Pixels:
         return len(self.texts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.pixels[index], "caption": self.texts[index]}
+        return {"image": self.pixels[index], "captions": [self.texts[index]]}
 
-    def captions(self) -> list[str]:
-        return self.texts
+    def captions(self) -> list[list[str]]:
+        return [[text] for text in self.texts]
+
+    def sizes(self) -> Any:
+        return np.full((len(self), 2), self.pixels.shape[1], np.int32)
 
     def fingerprint(self) -> str:
         return repr((self.pixels.tobytes(), self.texts))

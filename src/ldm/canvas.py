@@ -1,6 +1,6 @@
 """What img2img, inpainting and outpainting draw upon: pixels in, tensors out.
 
-H W pixels, h w latents.
+H W pixels, C channels of a picture, h w latents.
 """
 
 import re
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.data.images import Pixels, decode, to_tensor
+from ldm.data.images import WHITE, Colour, Pixels, decode, scale_and_crop, to_channels, to_pil, to_tensor
 from ldm.errors import UserError
 
 Picture = str | Path | bytes | Image.Image | Pixels
@@ -27,7 +27,7 @@ class Canvas:
     """The picture that is drawn upon, and where.
 
     Attributes:
-        pixels: (H, W, 3) uint8, the input picture in its place; what outpainting adds repeats the picture's edge.
+        pixels: (H, W, C) uint8, the input picture in its place; what outpainting adds repeats the picture's edge.
         mask: (H, W) in [0, 1]; 1 is repainted, 0 is kept. None: all of it is drawn (img2img).
     """
 
@@ -45,6 +45,7 @@ def make_canvas(
     default_size: int,
     outpaint: str | None = None,
     mask_blur: int = 0,
+    channels: int = 3,
 ) -> Canvas:
     """Read a picture and a mask, bring them to a size that the model draws, and grow them for outpainting.
 
@@ -70,13 +71,14 @@ def make_canvas(
     drawn fully, and the soft edge lies on the picture.
 
     Args:
-        init_image: path, the file's bytes, a PIL picture, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        init_image: path, the file's bytes, a PIL picture, or a uint8 array (H, W) or (H, W, C), C 1, 3 or 4.
         mask: the same; None repaints everything, or with `outpaint` what is new.
         height, width: pixels, multiples of `factor`.
         factor: heights and widths that the model draws are multiples of it.
         default_size: side in pixels of the pictures that the model was trained on.
         outpaint: pixels to add on each side, see `parse_outpaint`.
         mask_blur: pixels; without a border between black and white it changes nothing.
+        channels: C of the picture that the model takes: 1, 3 or 4.
 
     Raises:
         UserError: a picture cannot be read; the mask has other proportions or nothing white; a size is no multiple of
@@ -85,13 +87,13 @@ def make_canvas(
     if mask_blur < 0:
         raise UserError(f"mask_blur={mask_blur}: the soft edge of a mask is 0 pixels wide or more")
     added = None if outpaint is None else parse_outpaint(outpaint)
-    pixels = read(init_image, "init_image")
+    pixels = read(init_image, "init_image", channels)
     grey = None if mask is None else read_mask(mask, pixels.shape[:2])
 
     if height is not None or width is not None:
         size = wanted_size(pixels.shape[:2], height, width, factor)
-        pixels = fit(pixels, size, Image.Resampling.LANCZOS)
-        grey = None if grey is None else fit(grey, size, Image.Resampling.BILINEAR)  # Lanczos would ring into black
+        pixels = scale_and_crop(pixels, size[1], size[0])
+        grey = None if grey is None else fit_mask(grey, size)
     else:
         size = own_size(pixels.shape[:2], factor, default_size, name_of(init_image, "init_image"), added is not None)
         pixels = cut(pixels, size)
@@ -122,7 +124,7 @@ def latent_mask(mask: Mask, downscale: int) -> Tensor:
 
 
 def masked_image(canvas: Canvas) -> Tensor:
-    """Return what an inpainting U-Net sees of the picture: (1, 3, H, W) in [-1, 1], and 0 where mask >= 0.5."""
+    """Return what an inpainting U-Net sees of the picture: (1, C, H, W) in [-1, 1], and 0 where mask >= 0.5."""
     mask = np.ones(canvas.pixels.shape[:2], np.float32) if canvas.mask is None else canvas.mask
     return to_tensor(canvas.pixels)[None] * torch.from_numpy(mask < 0.5)
 
@@ -132,17 +134,18 @@ def composite(canvas: Canvas, image: Tensor) -> Tensor:
 
     Args:
         canvas: the picture, and the mask by which it is blended.
-        image: (3, H, W) in [-1, 1], what was drawn.
+        image: (C, H, W) in [-1, 1], what was drawn, in as many channels as the model gives.
 
     Returns:
-        (3, H, W) float32 in [-1, 1]. Where the mask is 0, `to_pixels` of it are the canvas's pixels, exactly; where
+        (C, H, W) float32 in [-1, 1]. Where the mask is 0, `to_pixels` of it are the canvas's pixels, exactly; where
         it is 1, those of `image`.
     """
     image = image.float().clamp(-1, 1)
     if canvas.mask is None:
         return image
     mask = torch.from_numpy(canvas.mask).to(image.device)
-    return torch.lerp(to_tensor(canvas.pixels).to(image.device), image, mask)  # exact at both of its ends
+    below = to_tensor(to_channels(canvas.pixels, len(image))).to(image.device)
+    return torch.lerp(below, image, mask)  # exact at both of its ends
 
 
 def parse_outpaint(text: str) -> dict[str, int]:
@@ -170,28 +173,28 @@ def parse_outpaint(text: str) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read(picture: Picture, argument: str, background: tuple[int, int, int] = (255, 255, 255)) -> Pixels:
-    """Decode a picture in any of the forms that `make_canvas` takes."""
+def read(picture: Picture, argument: str, channels: int, background: Colour = WHITE) -> Pixels:
+    """Decode a picture in any of the forms that `make_canvas` takes, to (H, W, channels)."""
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,), (4,)):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (1,), (3,), (4,)):
             raise UserError(
-                f"{argument}: an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), "
+                f"{argument}: an array must be uint8 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
                 f"got {picture.dtype} of shape {picture.shape}"
             )
         if not picture.size:
             raise UserError(f"{argument}: the array is empty, its shape is {picture.shape}")
-        picture = Image.fromarray(picture)
+        picture = to_pil(picture.reshape(*picture.shape[:2], -1))
     try:
-        return decode(picture, background)
+        return decode(picture, background, channels)
     except UserError as error:
         raise UserError(f"{name_of(picture, argument)}: {error}") from error
 
 
 def read_mask(mask: Picture, size: tuple[int, ...]) -> Pixels:
     """Return the grey values (H, W) of a mask, resized to the picture's `size` if it has its proportions."""
-    over_white = read(mask, "mask")
-    pixels = over_white if over_white.min() < 255 else read(mask, "mask", background=(0, 0, 0))
-    grey = np.array(Image.fromarray(pixels).convert("L"))
+    over_white = read(mask, "mask", channels=1)
+    pixels = over_white if over_white.min() < 255 else read(mask, "mask", channels=1, background=(0, 0, 0))
+    grey = pixels[..., 0]
     if not grey.any():
         raise UserError(f"{name_of(mask, 'mask')}: it is black all over; paint white what is to be repainted")
     (height, width), (mask_height, mask_width) = size, grey.shape
@@ -202,7 +205,7 @@ def read_mask(mask: Picture, size: tuple[int, ...]) -> Pixels:
             f"{name_of(mask, 'mask')}: it is {in_words(grey.shape)}, init_image is {in_words(size)}; "
             "give a mask of the picture's size, or of its proportions"
         )
-    return fit(grey, size, Image.Resampling.BILINEAR)
+    return fit_mask(grey, size)
 
 
 def name_of(picture: Picture, argument: str) -> str:
@@ -249,15 +252,16 @@ def nearest(length: float, factor: int) -> int:
     return max(round(length / factor), 1) * factor
 
 
-def fit(pixels: Pixels, size: tuple[int, ...], resample: Image.Resampling) -> Pixels:
-    """Scale (H, W, 3) or (H, W) to cover `size`, a height and a width, and cut out the centre."""
-    if pixels.shape[:2] == tuple(size):
-        return pixels
-    return np.array(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), resample))
+def fit_mask(grey: Pixels, size: tuple[int, ...]) -> Pixels:
+    """Scale a mask (H, W) to cover `size`, a height and a width, and cut out the centre."""
+    if grey.shape == tuple(size):
+        return grey
+    bilinear = Image.Resampling.BILINEAR  # Lanczos would ring into black
+    return np.array(ImageOps.fit(Image.fromarray(grey), (size[1], size[0]), bilinear))
 
 
 def cut(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Cut the centre of `size` out of (H, W, 3) or (H, W)."""
+    """Cut the centre of `size` out of (H, W, C) or (H, W)."""
     top, left = (pixels.shape[0] - size[0]) // 2, (pixels.shape[1] - size[1]) // 2
     return pixels[top : top + size[0], left : left + size[1]]
 

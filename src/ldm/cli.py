@@ -18,7 +18,8 @@ CONF_DIR = Path(__file__).parents[2] / "conf"
 FREE_TEXT_KEYS = (
     "prompt", "negative_prompt", "prompt_file", "ckpt", "out", "name", "output_dir", "run_dir",
     "from_image", "init_image", "mask", "outpaint", "src", "dst",
-    "data.path", "data.image_column", "data.caption_column",
+    "data.path", "data.image_column", "data.caption_column", "data.caption_key",
+    "data.caption_template", "data.caption_prefix", "data.caption_suffix",
     "vae.pretrained", "text_encoder.pretrained", "unet.pretrained",
 )  # fmt: skip
 # Where these are no config groups, as they are in train.py, they are paths.
@@ -37,8 +38,11 @@ def quote_free_text(argument: str, keys: Iterable[str] = FREE_TEXT_KEYS) -> str:
     'steps=20'
     """
     key, equals, text = argument.partition("=")
-    if not equals or not text or key.lstrip("+") not in keys:
+    # data.sources.<name>.path is to data=mix what data.path is to one source
+    if not equals or not text or re.sub(r"^data\.sources\.[^.]+\.", "data.", key.lstrip("+")) not in keys:
         return argument
+    if key.endswith(".caption_column") and text.startswith("["):
+        return argument  # several columns
     # OmegaConf reads `${` as an interpolation unless an odd number of backslashes stands before it.
     if re.fullmatch(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", text, re.DOTALL):
         return f"{key}=" + re.sub(r"(?<!\\)((?:\\\\)*)\$\{", r"\1\\${", text)
@@ -126,7 +130,7 @@ def _exit(message: str) -> NoReturn:
 
 def _groups(config_dir: Path) -> dict[str, list[str]]:
     folders = sorted(folder for folder in config_dir.iterdir() if folder.is_dir() and folder.name != "hydra")
-    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    return {folder.name: sorted(path.stem for path in folder.glob("[!_]*.yaml")) for folder in folders}
 
 
 def _help(doc: str, config_name: str, config_dir: Path) -> str:

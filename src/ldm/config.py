@@ -60,12 +60,100 @@ class Target(BaseModel):
 # ------------------------------------------------------------------------------------------------------------- data
 
 
+class Wording(Section):
+    """How captions become prompts: `{caption}`, and any other column of the row, put into a template."""
+
+    caption_template: str
+    caption_prefix: str
+    caption_suffix: str
+
+
+class HubSection(Wording):
+    kind: Literal["hub"]
+    path: str = Field(min_length=1)
+    subset: str | None
+    split: str
+    revision: str | None
+    image_column: str
+    caption_column: str | Annotated[list[str], Field(min_length=1)]
+    streaming: bool
+
+
+class FolderSection(Wording):
+    kind: Literal["folder"]
+    path: str = Field(min_length=1)
+    caption_column: str
+
+
+class ShardsSection(Wording):
+    kind: Literal["shards"]
+    path: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    caption_key: str = Field(min_length=1)
+    streaming: bool
+
+
+class CustomSection(Section):
+    kind: Literal["custom"]
+    source: Target
+
+
+class Weighted(Section):
+    """One of several sources; `weight` is its share of the training samples, relative to the others'."""
+
+    weight: PositiveFloat = 1.0
+
+
+class HubPart(HubSection, Weighted):
+    streaming: Literal[False]
+
+
+class FolderPart(FolderSection, Weighted):
+    pass
+
+
+class ShardsPart(ShardsSection, Weighted):
+    streaming: Literal[False]
+
+
+class CustomPart(CustomSection, Weighted):
+    pass
+
+
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
 class DataBase(Section):
+    """How pictures are cut and fed, wherever they come from."""
+
     resolution: PositiveInt
     batch_size: PositiveInt
     num_workers: Count0
-    cache: bool
+    cache: bool | Literal["build"]
+    cache_on_device: bool
+    cache_dtype: Literal["fp32", "bf16", "fp16"]
     num_val: PositiveInt
+    max_bad: Probability
+    buckets: bool
+    crop: Literal["centre", "random"]
+    flip: bool
+    variants: PositiveInt
+    background: tuple[Channel, Channel, Channel]
+
+    @model_validator(mode="after")
+    def _streams_are_not_indexed(self) -> Self:
+        if not getattr(self, "streaming", False):
+            return self
+        if self.buckets:
+            raise ValueError("streaming=true meets pictures as they come, and buckets=true must know all sizes before")
+        if self.cache:
+            raise ValueError("streaming=true is for sets that are not kept: it needs cache=false")
+        return self
+
+    @model_validator(mode="after")
+    def _cache_is_there(self) -> Self:
+        if self.cache_on_device and not self.cache:
+            raise ValueError("cache_on_device=true needs a cache: leave cache=true")
+        return self
 
 
 class ShapesData(DataBase):
@@ -75,29 +163,56 @@ class ShapesData(DataBase):
     seed: Seed
 
 
-class HubData(DataBase):
-    kind: Literal["hub"]
-    path: str = Field(min_length=1)
-    subset: str | None
-    split: str
-    revision: str | None
-    image_column: str
-    caption_column: str
+class HubData(DataBase, HubSection):
+    pass
 
 
-class CustomData(DataBase):
-    kind: Literal["custom"]
-    source: Target
+class FolderData(DataBase, FolderSection):
+    pass
+
+
+class ShardsData(DataBase, ShardsSection):
+    pass
+
+
+class CustomData(DataBase, CustomSection):
+    pass
 
 
 def _kind(value: Any) -> Any:
     return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
 
 
-Data = Annotated[
-    Annotated[ShapesData, Tag("shapes")] | Annotated[HubData, Tag("hub")] | Annotated[CustomData, Tag("custom")],
+Part = Annotated[
+    Annotated[HubPart, Tag("hub")]
+    | Annotated[FolderPart, Tag("folder")]
+    | Annotated[ShardsPart, Tag("shards")]
+    | Annotated[CustomPart, Tag("custom")],
     Discriminator(_kind),
 ]
+
+
+class MixData(DataBase):
+    kind: Literal["mix"]
+    sources: dict[str, Part]
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.sources:
+            raise ValueError("mix has no sources: add each as +source@data.sources.<name>=folder (or hub, or shards)")
+        return self
+
+
+Data = Annotated[
+    Annotated[ShapesData, Tag("shapes")]
+    | Annotated[HubData, Tag("hub")]
+    | Annotated[FolderData, Tag("folder")]
+    | Annotated[ShardsData, Tag("shards")]
+    | Annotated[MixData, Tag("mix")]
+    | Annotated[CustomData, Tag("custom")],
+    Discriminator(_kind),
+]
+KINDS = ("shapes", "hub", "folder", "shards", "mix", "custom")
 
 # --------------------------------------------------------------------------------------------------------- networks
 
@@ -106,6 +221,7 @@ Widths = Annotated[list[PositiveInt], Field(min_length=1)]
 
 class VAE(Section):
     pretrained: str | None = None
+    in_channels: Literal[1, 3, 4] | None = None
     block_out_channels: Widths | None = None
     layers_per_block: PositiveInt | None = None
     latent_channels: PositiveInt | None = None
@@ -230,6 +346,7 @@ class TrainConfig(Section):
     stages: Annotated[list[Stage], Field(min_length=1)]
     seed: Seed
     resume: Literal["auto", "never"]
+    doctor: bool
     data: Data
     vae: VAE
     text_encoder: TextEncoder
@@ -448,8 +565,8 @@ def load_run_config(run_dir: Path) -> TrainConfig | None:
 
 def _key(loc: Sequence[int | str]) -> str:
     """Return the dotted key of a fault, without what pydantic adds to tell the types in a union apart."""
-    kinds = ("shapes", "hub", "custom")
-    parts = [str(part) for i, part in enumerate(loc) if not (i == 1 and loc[0] == "data" and part in kinds)]
+    places = (1, 4) if loc[:1] == ("data",) else ()  # data.<kind>.…, data.mix.sources.<name>.<kind>.…
+    parts = [str(part) for i, part in enumerate(loc) if not (i in places and part in KINDS)]
     return ".".join(part for part in parts if not re.match(r"constrained-|list\[|literal\[", part))
 
 
@@ -459,7 +576,9 @@ def _describe(schema: type[Section], key: str, faults: Sequence[Any]) -> str:
     if kind == "extra_forbidden":
         return f"unknown config key '{key}'{nearest(key, _keys(schema))}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{key}.kind must be 'shapes', 'hub' or 'custom'; {key}=shapes and {key}=hub set all that belongs to it"
+        kinds = [name for name in KINDS if key == "data" or name not in ("shapes", "mix")]
+        group = "data" if key == "data" else f"+source@{key}"
+        return f"{key}.kind must be one of {', '.join(kinds)}; {group}=folder and its like set all that belongs to it"
     if kind == "missing" or value is None:
         return f"config key '{key}' is missing: give it as {key}=…"
     message = ", or ".join(each["msg"].removeprefix("Value error, ") for each in faults)

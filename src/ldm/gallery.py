@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from ldm.data.images import Pixels
+from ldm.data.images import Pixels, to_channels, to_pil
 from ldm.errors import UserError
 from ldm.files import file_written_atomically
 
@@ -27,7 +27,7 @@ def slug(text: str, most: int = 40) -> str:
 
 
 def save_png(path: Path, pixels: Pixels, settings: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG whose text chunks carry `settings`.
+    """Write (H, W, C) pixels, grey, RGB or RGBA, as a PNG whose text chunks carry `settings`.
 
     `parameters` is the line that other tools read, `ldm` is everything as JSON, for `read_settings`. The file appears
     whole or not at all.
@@ -37,7 +37,7 @@ def save_png(path: Path, pixels: Pixels, settings: Mapping[str, Any] | None = No
         info.add_text("parameters", parameters(settings))  # as UTF-8 where Latin-1 does not have its letters
         info.add_itxt("ldm", json.dumps(settings, ensure_ascii=False))
     with file_written_atomically(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+        to_pil(pixels).save(file, format="PNG", pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def grid(images: Sequence[Pixels], columns: int | None = None, captions: Sequenc
     """Lay pictures of one size out in rows, with captions below them where given.
 
     Args:
-        images: (H, W, 3) uint8 each.
+        images: (H, W, C) uint8 each, C 1, 3 or 4; transparency shows white.
         columns: of the grid; None for about a square.
         captions: one for each picture, or none; wrapped to the picture's width.
         scale: whole-number enlargement of small pictures.
@@ -123,7 +123,7 @@ def grid(images: Sequence[Pixels], columns: int | None = None, captions: Sequenc
     draw = ImageDraw.Draw(canvas)
     for i, image in enumerate(images):
         left, top = gap + i % columns * (width + gap), gap + i // columns * (height + text_height + gap)
-        canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        canvas.paste(to_pil(to_channels(image, 3)).resize((width, height), Image.Resampling.NEAREST), (left, top))
         for j, line in enumerate(lines[i]):
             draw.text((left, top + height + j * line_height), line, fill="black", font=font)
     return np.asarray(canvas)

@@ -1,6 +1,6 @@
 """From words to pictures: a model, loaded once, and one `generate` for text2img, img2img and inpainting.
 
-B batch, C channels, h w latents, H W pixels, L tokens, D width.
+B batch, C channels (of latents, or of pictures: 1 grey, 3 RGB, 4 RGBA), h w latents, H W pixels, L tokens, D width.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.canvas import Canvas, Picture, composite, latent_mask, make_canvas, masked_image
 from ldm.codec import Codec
 from ldm.conditioner import NULL_CAPTION, Conditioner
-from ldm.data.images import to_pixels, to_tensor
+from ldm.data.images import MODES, to_pil, to_pixels, to_tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grids import sigma_grid, start
 from ldm.diffusion.guidance import GuidedDenoiser
@@ -118,6 +118,11 @@ class LatentDiffusionPipeline:
             prediction_type=prediction_type,
             variant=variant,
         )
+        for name in ("in_channels", "out_channels"):
+            if model.vae.config[name] not in MODES:
+                raise UserError(
+                    f"{path}: the VAE has {name}={model.vae.config[name]}; pictures have 1 (grey), 3 (RGB) or 4 (RGBA)"
+                )
         try:
             schedule, predicted, grid, sampler = read_scheduler(model.scheduler)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # the file may hold anything
@@ -164,9 +169,10 @@ class LatentDiffusionPipeline:
             negative_prompt: one for all, or one for each prompt.
             seed: picture i of the call is drawn from `seed + i`; several seeds are those of each prompt's pictures.
             num_images: of each prompt, where there is one seed.
-        """
-        from PIL import Image
 
+        Returns:
+            Pictures of mode L, RGB or RGBA, by the channels that the VAE gives.
+        """
         if not isinstance(seed, int) and num_images != 1:
             raise UserError(f"seed={list(seed)} draws a picture for each seed: leave num_images out")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -176,7 +182,7 @@ class LatentDiffusionPipeline:
         if not isinstance(seed, int):
             asked = [pair for pair in asked[::num_images] for _ in seed]
         images = self.generate([text for text, _ in asked], seeds, [negative for _, negative in asked], **options)
-        return [Image.fromarray(to_pixels(image)) for image in images]
+        return [to_pil(to_pixels(image)) for image in images]
 
     def resolve(self, options: Options) -> Options:
         """Fill in what this model decides, and check the rest; raises a UserError where they do not fit."""
@@ -220,7 +226,7 @@ class LatentDiffusionPipeline:
             options: those of `Options`.
 
         Returns:
-            An iterator of (3, H, W) images in [-1, 1], in the order of the prompts.
+            An iterator of (C, H, W) images in [-1, 1], in the order of the prompts.
 
         Raises:
             UserError: options that do not fit the model; a picture or mask that cannot be used; a seed out of range.
@@ -264,7 +270,7 @@ class LatentDiffusionPipeline:
         return pictures()
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Map latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]; see `Codec`."""
+        """Map latents (B, C, h, w) to images (B, C, H, W) in [-1, 1]; see `Codec`."""
         return self.codec.decode(latents, tile)
 
     def _check_size(self, height: int, width: int) -> None:
@@ -297,6 +303,7 @@ class LatentDiffusionPipeline:
             default_size=self.default_size,
             outpaint=outpaint,
             mask_blur=mask_blur,
+            channels=self.vae.config["in_channels"],
         )
         if self.sees_mask and canvas.mask is None:
             raise UserError("this is an inpainting model: give mask= (or outpaint=) with init_image=")

@@ -2,13 +2,20 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+
+
+class Advance(Protocol):
+    """Say that so many more are done."""
+
+    def __call__(self, count: int = 1) -> None: ...
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str, every: float = 15.0) -> Iterator[Callable[[], None]]:
-    """Give a function to call when one of `total` is done.
+def progress(label: str, total: int, unit: str, every: float = 15.0) -> Iterator[Advance]:
+    """Give a function to call when one of `total` is done, or with how many are.
 
     Args:
         label: what is going on.
@@ -26,23 +33,23 @@ def progress(label: str, total: int, unit: str, every: float = 15.0) -> Iterator
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        note = TextColumn("{task.fields[note]}")
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), note)
+        name = TextColumn("{task.description}", style="bold", markup=False)  # a path in it may hold brackets
+        columns = (name, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=total, note="")
 
-            def advance() -> None:
+            def advance(count: int = 1) -> None:
                 nonlocal done
-                done += 1
+                done += count
                 bar.update(task, completed=done, note=rate())
 
             yield advance
         return
 
-    def say() -> None:
+    def say(count: int = 1) -> None:
         nonlocal done, last
-        done += 1
-        if time.monotonic() - last >= every:
+        done += count
+        if done and time.monotonic() - last >= every:
             last = time.monotonic()
             left = (total - done) * (last - begun) / done
             print(f"  {label} {done}/{total}  {rate()}  {left:.0f} s left", file=sys.stderr, flush=True)

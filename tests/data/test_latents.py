@@ -1,268 +1,364 @@
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import tiny
+from caches import CAPTIONS, NUM, SHARD_ROWS, Counting, Mixed, build, contents, folder_of, mixed
 from ldm.conditioner import Conditioner
-from ldm.data import latents
-from ldm.data.datamodule import Pictures
-from ldm.data.latents import MANIFEST, cache_key, cached_latents
-from tiny import Pixels
+from ldm.data import cache_folder, cache_layout, cache_reader, latents
+from ldm.data.buckets import BucketBatches, Buckets
+from ldm.data.cache_layout import Layout
+from ldm.data.latents import cache_key, cached_latents, encoders_digest
+from ldm.data.order import Shuffle
+from ldm.data.pictures import Pictures
+from ldm.errors import UserError
 
-NUM, SHARD = 10, 4  # three shards, the last one short
-FILES = ["null.safetensors", "shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors"]
+SQUARES = [0, 2, 4, 6, 8, 10]
+TALL = [1, 5, 7, 9]
+GROUPS = [SQUARES, TALL, [3]]
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
+    monkeypatch.setattr(cache_layout, "SHARD_ROWS", SHARD_ROWS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-class CountingVAE:
-    """Counts the pictures that are encoded."""
-
-    def __init__(self):
-        self.vae = tiny.vae()
-        self.num = 0
-        encode = self.vae.encode
-
-        def counted(image):
-            self.num += len(image)
-            return encode(image)
-
-        self.vae.encode = counted
-
-
 @pytest.fixture
 def counting():
-    return CountingVAE()
+    return Counting()
 
 
-def pictures(num=NUM, side=20, resolution=16, seed=0) -> Pictures:
-    return Pictures(Pixels(num, side, seed), resolution)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_layout, "SHARD_ROWS", SHARD_ROWS)
+        return build(tmp_path_factory.mktemp("cache"))
 
 
-def build(root, counting=None, batch_size=3, **options):
-    vae = counting.vae if counting else tiny.vae()
-    return cached_latents(root, pictures(**options), vae, tiny.conditioner(), batch_size)
+def all_batches(cache, epochs=range(3)):
+    return [cache.__getitems__([(i, epoch) for i in group]) for group in GROUPS for epoch in epochs]
 
 
-def folder_of(root: Path) -> Path:
-    (folder,) = root.iterdir()
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-def everything(cache) -> dict[str, torch.Tensor]:
-    return cache.__getitems__(list(range(len(cache))))
-
-
-def flip(path: Path, position: int = -5) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
+def assert_same(one, other):
+    for first, second in zip(all_batches(one), all_batches(other), strict=True):
+        assert all(torch.equal(first[key], second[key].cpu()) for key in ("moments", "context"))
 
 
 # --------------------------------------------------------------------------------------------------------- content
 
 
-def test_a_cache_holds_what_encoding_gives(tmp_path):
-    cache = build(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"crop": "centre"}, {"crop": "centre", "flip": False}, {"fixed": True}])
+@torch.inference_mode()
+def test_a_cache_holds_what_encoding_gives(tmp_path, options):
+    pictures = mixed(**options)
+    cache = build(tmp_path, pictures=pictures)
     vae, conditioner = tiny.vae(), tiny.conditioner()
+    assert len(cache) == NUM and cache.pictures is pictures
+    assert cache.bucket_of is not None and cache.bucket_of.tolist() == pictures.bucket_of.tolist()
+    seen = set()
+    for group in GROUPS:
+        for epoch in (0, 1, 5):
+            indices, epochs = np.array(group), np.full(len(group), epoch)
+            views = pictures.variant_numbers(indices, epochs, modulo=pictures.num_variants)
+            seen |= set(views.tolist())
+            texts = [CAPTIONS[i][k] for i, k in zip(group, pictures.caption_numbers(indices, epochs), strict=True)]
+            batch = cache.__getitems__([(i, epoch) for i in group])
+            assert {tensor.dtype for tensor in batch.values()} == {torch.float32}
+            torch.testing.assert_close(
+                batch["moments"], vae.encode(pictures.images(indices, views)), rtol=1e-5, atol=1e-5
+            )
+            torch.testing.assert_close(batch["context"], conditioner(texts), rtol=1e-5, atol=1e-5)
+    assert seen == set(range(pictures.num_variants))
+
+
+def test_a_set_of_squares_is_read_in_any_order(tmp_path):
+    pictures = Pictures(tiny.Pixels(10, 20), 16)
+    cache = build(tmp_path, pictures=pictures)
     indices = [9, 0, 4, 4, 7]
-    batch, fresh = cache.__getitems__(indices), pictures().__getitems__(indices)
+    batch = cache.__getitems__([(i, 2) for i in indices])
     with torch.inference_mode():
-        moments, context = vae.encode(fresh["image"]), conditioner(fresh["caption"])
-    assert len(cache) == NUM
+        moments = tiny.vae().encode(pictures.images(indices))
+        context = tiny.conditioner()([pictures.captions[i][0] for i in indices])
     assert batch["moments"].shape == (5, 8, 8, 8) and batch["context"].shape == (5, 12, 16)
-    assert {tensor.dtype for tensor in batch.values()} == {torch.float32}
     torch.testing.assert_close(batch["moments"], moments, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(batch["context"], context, rtol=1e-5, atol=1e-5)
+    assert cache.bucket_of is None and len(cache) == 10
 
 
-def test_the_null_context_is_kept(tmp_path):
-    cache = build(tmp_path)
-    assert cache.null_context.shape == (1, 12, 16)
+def test_captions_and_views_change_from_epoch_to_epoch(cache):
+    def kinds(key, index):
+        batches = [cache.__getitems__([(index, epoch)])[key] for epoch in range(40)]
+        return len({batch.numpy().tobytes() for batch in batches})
+
+    assert [kinds("moments", i) for i in range(3)] == [4, 4, 4]
+    assert [kinds("context", i) for i in (0, 1, 3, 7)] == [2, 1, 3, 1]
+
+
+def test_the_null_context_is_kept_and_stands_for_empty_captions(cache):
+    assert cache.null_context.shape == (1, 12, 16) and cache.null_context.dtype == torch.float32
     torch.testing.assert_close(cache.null_context[0], tiny.conditioner().null_context(), rtol=0, atol=1e-6)
+    assert torch.equal(cache.__getitems__([(4, 0)])["context"], cache.null_context)
 
 
-def test_moments_are_kept_not_samples(tmp_path):
-    moments = everything(build(tmp_path))["moments"]
-    vae = tiny.vae()
-    draws = [
-        vae.latents(moments, torch.randn(NUM, 4, 8, 8, generator=torch.Generator().manual_seed(i))) for i in (0, 1)
-    ]
+def test_a_caption_is_kept_once(cache):
+    rows = [load_file(path)["rows"] for path in cache._context.paths]
+    assert [len(part) for part in rows] == [4, 4, 2]
+    assert sum(map(len, rows)) == len({text for texts in CAPTIONS for text in texts} | {""})
+    same = [cache.__getitems__([(i, 0)])["context"] for i in (2, 7)]
+    assert torch.equal(*same)
+
+
+def test_moments_are_kept_not_samples(cache):
+    moments, vae = cache.__getitems__([(0, 0), (2, 0)])["moments"], tiny.vae()
+    draws = [vae.latents(moments, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(i))) for i in (0, 1)]
     assert not torch.allclose(*draws)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_reads_whole_batches_and_gradients_flow(tmp_path, num_workers):
+def test_a_file_holds_views_of_one_size_and_few_rows(cache):
+    shapes = {path.name.rpartition("-")[0]: tuple(load_file(path)["rows"].shape) for path in folder_files(cache)}
+    assert shapes == {
+        "context-00000": (4, 12, 16),
+        "context-00001": (4, 12, 16),
+        "context-00002": (2, 12, 16),
+        "moments-12x20-00000": (4, 4, 8, 10, 6),
+        "moments-16x16-00000": (4, 4, 8, 8, 8),
+        "moments-16x16-00001": (2, 4, 8, 8, 8),
+        "moments-20x12-00000": (1, 4, 8, 6, 10),
+    }
+    assert cache.nbytes == sum(4 * int(np.prod(shape)) for shape in shapes.values())
+
+
+def folder_files(cache):
+    return sorted(cache._context.paths[0].parent.glob("*.safetensors"))
+
+
+def test_shards_have_bounded_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_layout, "SHARD_BYTES", 2 * 12 * 16 * 4 + 1)  # two captions; less than one picture
     cache = build(tmp_path)
-    loader = DataLoader(cache, batch_sampler=[[1, 2], [9, 3]], num_workers=num_workers, collate_fn=lambda batch: batch)
+    assert len(cache._context.paths) == 5 and [len(rows.paths) for rows in cache._moments] == [4, 6, 1]
+    assert_same(cache, build(tmp_path, memory="disk"))
+
+
+def test_sizes_cannot_be_mixed_in_a_batch(cache):
+    with pytest.raises(ValueError, match="more than one size"):
+        cache.__getitems__([(0, 0), (1, 0)])
+
+
+def test_batches_of_buckets_are_read(cache):
+    batches = BucketBatches(Shuffle(NUM, 0), cache.bucket_of, batch_size=2, seed=0)
+    for _, picks in zip(range(12), batches, strict=False):
+        assert len(cache.__getitems__(picks)["moments"]) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("memory", ["auto", "disk"])
+def test_a_loader_reads_whole_batches_and_gradients_flow(tmp_path, num_workers, memory):
+    cache = build(tmp_path, memory=memory)
+    picks = [[(0, 0), (2, 0)], [(9, 1), (1, 1)]]
+    loader = DataLoader(cache, batch_sampler=picks, num_workers=num_workers, collate_fn=lambda batch: batch)
     batches = list(loader)
-    assert torch.equal(batches[1]["context"], cache.__getitems__([9, 3])["context"])
+    assert torch.equal(batches[1]["context"], cache.__getitems__(picks[1])["context"])
     weight = torch.ones(16, requires_grad=True)
     (batches[0]["context"] * weight).sum().backward()
     assert weight.grad is not None
 
 
-def test_channels_last_networks_give_the_same_cache(tmp_path):
+def test_channels_last_networks_give_the_same_cache(tmp_path, cache):
     vae = tiny.vae().to(memory_format=torch.channels_last)
-    assert cache_key(pictures(), vae, tiny.conditioner()) == cache_key(pictures(), tiny.vae(), tiny.conditioner())
-    found = everything(cached_latents(tmp_path, pictures(), vae, tiny.conditioner()))
-    torch.testing.assert_close(found["moments"], everything(build(tmp_path / "plain"))["moments"], rtol=1e-4, atol=1e-5)
-    assert found["moments"].is_contiguous()
+    found = build(tmp_path, vae)
+    assert folder_of(tmp_path).name == folder_files(cache)[0].parent.name
+    for one, other in zip(all_batches(found), all_batches(cache), strict=True):
+        torch.testing.assert_close(one["moments"], other["moments"], rtol=1e-4, atol=1e-5)
+        assert one["moments"].is_contiguous()
 
 
-# ------------------------------------------------------------------------------------------------ reuse and repair
+def test_large_views_are_encoded_a_few_at_a_time(tmp_path, monkeypatch):
+    sizes, vae = [], tiny.vae()
+    encode = vae.encode
+    vae.encode = lambda image: sizes.append(len(image)) or encode(image)
+    monkeypatch.setattr(latents, "BATCH_PIXELS", 2 * 16 * 16 + 1)
+    build(tmp_path, vae)
+    assert max(sizes) == 2
 
 
-def test_a_whole_cache_is_not_built_again(tmp_path, counting):
-    first = everything(build(tmp_path, counting))
-    assert counting.num == NUM
-    before = contents(folder_of(tmp_path))
-    again = everything(build(tmp_path, counting))
-    assert counting.num == NUM
-    assert contents(folder_of(tmp_path)) == before
-    assert all(torch.equal(first[key], again[key]) for key in first)
+def test_a_vae_in_bfloat16_encodes_too(tmp_path):
+    batch = build(tmp_path, tiny.vae().bfloat16()).__getitems__([(0, 0)])
+    assert batch["moments"].dtype == torch.float32 and batch["moments"].isfinite().all()
 
 
-def test_files_are_those_of_the_format(tmp_path):
-    build(tmp_path)
-    folder = folder_of(tmp_path)
-    assert sorted(contents(folder)) == sorted([*FILES, MANIFEST])
-    assert set(json.loads((folder / MANIFEST).read_text())) == set(FILES)
+# --------------------------------------------------------------------------------------------------------- dtype
 
 
-@pytest.mark.parametrize("name", FILES[1:])
-def test_an_interrupted_build_is_finished_not_begun_again(tmp_path, counting, name):
-    build(tmp_path, counting)
-    folder = folder_of(tmp_path)
-    before, counting.num = contents(folder), 0
-    (folder / MANIFEST).unlink()
-    (folder / name).unlink()
-    (folder / name).with_suffix(".tmp").write_bytes(b"half a shard")
-    build(tmp_path, counting)
-    assert counting.num == (2 if name == FILES[3] else SHARD)
-    assert contents(folder) == before
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_rounded_to_the_dtype_once(tmp_path, cache, dtype):
+    stored = build(tmp_path, dtype=dtype)
+    assert stored.nbytes * 4 == cache.nbytes * dtype.itemsize
+    assert {load_file(path)["rows"].dtype for path in folder_files(stored)} == {dtype}
+    for one, other in zip(all_batches(stored), all_batches(cache), strict=True):
+        for key in one:
+            assert one[key].dtype == torch.float32 and torch.equal(one[key], other[key].to(dtype).float())
 
 
-@pytest.mark.parametrize("damage", [b"", b"half", None])
-def test_a_shard_that_is_no_shard_is_not_taken_over(tmp_path, counting, damage):
-    build(tmp_path, counting)
-    folder = folder_of(tmp_path)
-    before, counting.num = contents(folder), 0
-    (folder / MANIFEST).unlink()
-    shard = folder / FILES[2]
-    shard.write_bytes(shard.read_bytes()[:-40] if damage is None else damage)
-    build(tmp_path, counting)
-    assert counting.num == SHARD and contents(folder) == before
+def test_values_beyond_fp16_are_refused_and_fit_bf16(tmp_path):
+    vae = tiny.vae()
+    with torch.no_grad():
+        vae.quant_conv.bias[0] = 1e5
+    with pytest.raises(UserError, match=r"picture \d+ .* up to 1e\+05, beyond .* float16: data.cache_dtype=bf16"):
+        build(tmp_path / "fp16", vae, dtype=torch.float16)
+    assert not list((tmp_path / "fp16").rglob("moments*.safetensors"))
+    assert build(tmp_path / "bf16", vae, dtype=torch.bfloat16).__getitems__([(0, 0)])["moments"].isfinite().all()
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("position", [0, 30, -5])
-def test_a_flipped_byte_is_found_and_mended(tmp_path, counting, name, position):
-    first = everything(build(tmp_path, counting))
-    folder = folder_of(tmp_path)
-    before, counting.num = contents(folder), 0
-    flip(folder / name, position)
-    again = build(tmp_path, counting)
-    assert counting.num == {FILES[0]: 0, FILES[3]: 2}.get(name, SHARD)
-    assert contents(folder) == before
-    assert all(torch.equal(first[key], everything(again)[key]) for key in first)
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    vae = tiny.vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        build(tmp_path, vae)
 
 
-def test_damage_is_found_beside_a_missing_shard(tmp_path, counting):
-    build(tmp_path, counting)
-    folder = folder_of(tmp_path)
-    before, counting.num = contents(folder), 0
-    (folder / FILES[1]).unlink()
-    flip(folder / FILES[2])
-    build(tmp_path, counting)
-    assert counting.num == 2 * SHARD and contents(folder) == before
+# --------------------------------------------------------------------------------------------------------- memory
 
 
-def test_repair_cut_short_finds_the_damage_again(tmp_path, counting, monkeypatch):
-    build(tmp_path, counting)
-    folder = folder_of(tmp_path)
-    before, counting.num = contents(folder), 0
-    flip(folder / FILES[1])
-    flip(folder / FILES[2])
-    unlink, num_unlinked = Path.unlink, 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ram_disk_and_device_give_the_same_batches(tmp_path, dtype):
+    caches = [build(tmp_path, dtype=dtype, memory=memory) for memory in ("auto", "disk", torch.device("cpu"))]
+    assert [cache.in_memory for cache in caches] == [True, False, True]
+    assert_same(caches[0], caches[1])
+    assert_same(caches[0], caches[2])
+    assert all(torch.equal(caches[0].null_context, cache.null_context) for cache in caches)
 
-    def unlink_one(path, missing_ok=False):
-        nonlocal num_unlinked
-        num_unlinked += 1
-        if num_unlinked == 2:
-            raise KeyboardInterrupt
-        unlink(path, missing_ok)
 
-    monkeypatch.setattr(Path, "unlink", unlink_one)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, counting)
+def test_what_is_held_is_one_tensor_of_a_size(cache):
+    assert [rows.held for rows in (cache._context, *cache._moments)] == [True] * 4
+    assert [tuple(rows.parts[0].shape) for rows in cache._moments] == [(16, 8, 10, 6), (24, 8, 8, 8), (4, 8, 6, 10)]
+    assert all(len(rows.parts) == 1 for rows in (cache._context, *cache._moments))
+
+
+def test_a_batch_is_no_view_of_the_cache(cache):
+    before = cache.__getitems__([(0, 0)])
+    changed = cache.__getitems__([(0, 0)])
+    for key in changed:
+        changed[key].zero_()
+    assert all(torch.equal(before[key], value) for key, value in cache.__getitems__([(0, 0)]).items())
+
+
+@pytest.mark.parametrize(("spare", "readers", "held"), [(0, 1, True), (-1, 1, False), (0, 2, False)])
+def test_half_of_the_free_memory_is_taken_at_most(tmp_path, monkeypatch, cache, spare, readers, held):
+    monkeypatch.setattr(cache_reader, "available_memory", lambda: 2 * cache.nbytes + spare)
+    assert build(tmp_path, num_readers=readers).in_memory is held
+
+
+def test_free_memory_is_what_the_system_and_the_container_tell(tmp_path, monkeypatch):
+    info, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    monkeypatch.setattr(cache_reader, "MEMORY_INFO", info)
+    monkeypatch.setattr(cache_reader, "MEMORY_LIMIT", limit)
+    assert cache_reader.available_memory() > 2**20
+    info.write_text("MemTotal:  9000 kB\nMemFree:  1 kB\nMemAvailable:    7000 kB\n")
+    assert cache_reader.available_memory() == 7000 * 1024
+    limit.write_text("max\n")
+    assert cache_reader.available_memory() == 7000 * 1024
+    limit.write_text("5000\n")
+    assert cache_reader.available_memory() == 5000
+
+
+def test_a_device_that_is_too_small_is_told(tmp_path, monkeypatch):
+    def no_room(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cache_reader.Rows, "hold", no_room)
+    with pytest.raises(UserError, match=r"does not fit .* of cpu: data.cache_on_device=false"):
+        build(tmp_path, memory=torch.device("cpu"))
+
+
+def test_a_mapped_cache_is_sent_to_a_process_without_its_rows(tmp_path):
+    cache = build(tmp_path, memory="disk")
+    batch = cache.__getitems__([(0, 0)])
+    cache._moments[1].parts[0].untyped_storage()
+    assert len(pickle.dumps(cache._moments)) < 2000
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(batch["moments"], again.__getitems__([(0, 0)])["moments"])
+    held = pickle.loads(pickle.dumps(build(tmp_path)))
+    assert torch.equal(batch["moments"], held.__getitems__([(0, 0)])["moments"])
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+def test_a_file_that_goes_while_it_is_read_is_told_across_processes(tmp_path, damage):
+    cache = build(tmp_path, memory="disk")
+    path = cache._moments[1].paths[1]
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=path.name) as caught:
+        cache.__getitems__([(0, 0)])
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # safetensors' own errors cannot travel
+
+
+# --------------------------------------------------------------------------------------------------------- disk space
+
+
+@dataclass
+class Usage:
+    free: int
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_done(tmp_path, monkeypatch, counting, cache):
+    monkeypatch.setattr(cache_folder.shutil, "disk_usage", lambda _: Usage(cache.nbytes - 1))
+    wanted = rf"needs {cache.nbytes / 1e9:.2f} GB more in {tmp_path}.* are free there: .*data.cache_dtype=bf16"
+    with pytest.raises(UserError, match=wanted):
+        build(tmp_path, counting.vae)
+    assert counting.num == 0 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(cache_folder.shutil, "disk_usage", lambda _: Usage(cache.nbytes))
+    build(tmp_path, counting.vae)
+    monkeypatch.setattr(cache_folder.shutil, "disk_usage", lambda _: Usage(0))
+    build(tmp_path, counting.vae)  # nothing is missing any more
+    assert counting.num == 4 * NUM
+
+
+@pytest.mark.parametrize("num_written", [0, 2, 5, 7])
+def test_a_disk_that_becomes_full_leaves_whole_files_only(tmp_path, monkeypatch, num_written):
+    build(tmp_path / "whole")
+    calls = 0
+
+    def full(number):
+        nonlocal calls
+        calls += 1
+        if calls > num_written:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_folder.os, "fsync", full)
+    with pytest.raises(UserError, match=r"no space is left .* GB are missing.*the same command goes on"):
+        build(tmp_path / "full")
     monkeypatch.undo()
-    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
-    build(tmp_path, counting)
-    assert contents(folder) == before
+    monkeypatch.setattr(cache_layout, "SHARD_ROWS", SHARD_ROWS)
+    found, whole = contents(folder_of(tmp_path / "full")), contents(folder_of(tmp_path / "whole"))
+    assert len(found) == num_written and found.items() <= whole.items()
+    build(tmp_path / "full")
+    assert contents(folder_of(tmp_path / "full")) == whole
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"shard-00000.safetensors": 3}', "\x00\x01"])
-def test_a_damaged_manifest_is_made_again(tmp_path, counting, content):
-    build(tmp_path, counting)
-    folder = folder_of(tmp_path)
-    before = contents(folder)
-    (folder / MANIFEST).write_text(content)
-    build(tmp_path, counting)
-    assert contents(folder) == before
-
-
-def test_any_flipped_byte_of_the_manifest_is_survived(tmp_path):
-    reference = everything(build(tmp_path))
-    folder = folder_of(tmp_path)
-    before = contents(folder)
-    for position in range(0, len(before[MANIFEST]), 29):
-        flip(folder / MANIFEST, position)
-        found = everything(build(tmp_path))
-        assert all(torch.equal(reference[key], found[key]) for key in reference)
-        assert contents(folder) == before
-
-
-def test_an_error_while_building_leaves_no_cache_that_looks_whole(tmp_path, counting):
-    class Breaks(Pixels):
-        def __getitem__(self, index):
-            if index == 6:
-                raise ValueError("disk on fire")
-            return super().__getitem__(index)
-
-    with pytest.raises(ValueError, match="disk on fire"):
-        cached_latents(tmp_path, Pictures(Breaks(NUM, 20), 16), counting.vae, tiny.conditioner())
-    assert sorted(contents(folder_of(tmp_path))) == FILES[:2]
-    counting.num = 0
-    build(tmp_path, counting)
-    assert counting.num == NUM - SHARD
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"cache.* cannot be written"):
+        build(tmp_path / "cache")
 
 
 # --------------------------------------------------------------------------------------------------------- the key
 
 
-def key(source=None, resolution=16, vae=None, conditioner=None) -> str:
-    return cache_key(Pictures(source or Pixels(NUM), resolution), vae or tiny.vae(), conditioner or tiny.conditioner())
+def key(pictures=None, vae=None, conditioner=None, dtype=torch.float32) -> str:
+    pictures, vae, conditioner = pictures or mixed(), vae or tiny.vae(), conditioner or tiny.conditioner()
+    return cache_key(pictures, Layout(pictures, vae, conditioner, dtype), encoders_digest(vae, conditioner))
 
 
 def test_the_key_is_the_same_for_the_same():
@@ -278,18 +374,18 @@ def test_the_key_is_the_same_after_use():
     assert key(vae=vae, conditioner=conditioner) == before
 
 
-def changed(what: str) -> str:
-    source, vae, conditioner = Pixels(NUM), tiny.vae(), tiny.conditioner()
+def changed(what: str, monkeypatch) -> str:
+    source, vae, conditioner, options, dtype = Mixed(), tiny.vae(), tiny.conditioner(), {}, torch.float32
     with torch.no_grad():
         match what:
             case "one pixel":
-                source.pixels[3, 2, 1, 0] ^= 1
+                source.pixels[3][2, 1, 0] ^= 1
             case "one caption":
-                source.texts[4] += "."
+                source.texts[4] = ("j",)
+            case "one caption more":
+                source.texts[4] = ("", "a")
             case "order":
-                source.pixels = np.roll(source.pixels, 1, axis=0)
-            case "number":
-                source = Pixels(NUM + 1)
+                source.pixels[0], source.pixels[2] = source.pixels[2], source.pixels[0]
             case "vae weight":
                 vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
             case "vae precision":
@@ -309,94 +405,48 @@ def changed(what: str) -> str:
                 other = tiny.train_tokenizer(tiny.CAPTIONS, 560, 12)
                 other.pad_token = "!"
                 conditioner = Conditioner(other, conditioner.text_tower)
-    return key(source, 32 if what == "resolution" else 16, vae, conditioner)
+            case "buckets":
+                options = {"buckets": Buckets(16, 2)}
+            case "no buckets":
+                options = {"buckets": None}
+            case "crop" | "flip" | "variants" | "seed":
+                options = {what: {"crop": "centre", "flip": False, "variants": 3, "seed": 1}[what]}
+            case "fixed":
+                options = {"fixed": True}
+            case "dtype":
+                dtype = torch.bfloat16
+            case "size of shards":
+                monkeypatch.setattr(cache_layout, "SHARD_ROWS", 3)
+            case "format":
+                monkeypatch.setattr(latents, "FORMAT", 1)
+    return key(mixed(source, **options), vae, conditioner, dtype)
 
 
 CHANGES = [
-    "one pixel", "one caption", "order", "number", "resolution", "vae weight", "vae precision", "vae option",
-    "text weight", "text option", "length", "tokenizer", "padding",
+    "one pixel", "one caption", "one caption more", "order", "vae weight", "vae precision", "vae option", "text weight",
+    "text option", "length", "tokenizer", "padding", "buckets", "no buckets", "crop", "flip", "variants", "seed",
+    "fixed", "dtype", "size of shards", "format",
 ]  # fmt: skip
 
 
-def test_the_key_changes_with_all_that_decides_the_content(monkeypatch):
-    keys = {what: changed(what) for what in CHANGES}
-    keys["nothing"] = key()
-    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD + 1)
-    keys["shard size"] = key()
-    assert len(set(keys.values())) == len(keys), keys
+def test_the_key_changes_with_everything_that_decides_the_content(monkeypatch):
+    keys = {"nothing": key()}
+    for what in CHANGES:
+        with monkeypatch.context() as patch:
+            keys[what] = changed(what, patch)
+    assert len(set(keys.values())) == len(keys)
 
 
-def test_another_set_gets_a_cache_of_its_own(tmp_path, counting):
-    one, other = build(tmp_path, counting), build(tmp_path, counting, seed=1)
-    assert counting.num == 2 * NUM and len(list(tmp_path.iterdir())) == 2
-    assert not torch.allclose(everything(one)["moments"], everything(other)["moments"])
+def test_another_set_gets_another_cache(tmp_path, counting):
+    one, other = (build(tmp_path, counting.vae, mixed(Mixed(seed))) for seed in (0, 1))
+    assert counting.num == 2 * 4 * NUM and len(list(tmp_path.iterdir())) == 2
+    assert not torch.allclose(one.__getitems__([(0, 0)])["moments"], other.__getitems__([(0, 0)])["moments"])
 
 
-# ------------------------------------------------------------------------------------------------------- processes
-
-SCRIPT = """
-import sys, time
-import tiny, torch
-from pathlib import Path
-from ldm.data import latents
-from ldm.data.datamodule import Pictures
-
-root, pause = Path(sys.argv[1]), float(sys.argv[2])
-torch.set_num_threads(1)
-latents.SHARD_SIZE = 4
-vae, num = tiny.vae(), 0
-encode = vae.encode
-
-def slow(image):
-    global num
-    num += len(image)
-    time.sleep(pause)
-    return encode(image)
-
-vae.encode = slow
-pictures = Pictures(tiny.Pixels(10, 20), 16)
-print("ready", flush=True)
-sys.stdin.readline()
-cache = latents.cached_latents(root, pictures, vae, tiny.conditioner(), 3)
-print(num, len(cache), float(cache.__getitems__(list(range(10)))["moments"].double().sum()), flush=True)
-"""
-
-
-def start(root: Path, pause: float = 0.0) -> subprocess.Popen:
-    tests = Path(__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent / 'src'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(root), str(pause)]
-    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_processes_at_one_cache_end_with_one_good_cache(tmp_path):
-    build(tmp_path / "alone")
-    processes = [start(tmp_path / "both", pause=0.05) for _ in range(2)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # both are let go before either is waited for
-        process.stdin.write("\n")
-        process.stdin.flush()
-    numbers = [process.communicate(timeout=60)[0].splitlines()[-1].split() for process in processes]
-    assert sorted(int(encoded) for encoded, *_ in numbers) == [0, NUM]
-    assert numbers[0][1:] == numbers[1][1:]
-    assert contents(folder_of(tmp_path / "both")) == contents(folder_of(tmp_path / "alone"))
-
-
-def test_a_killed_build_is_resumed_to_the_same_bytes(tmp_path, counting):
-    build(tmp_path / "whole")
-    process = start(tmp_path / "killed", pause=0.3)
-    process.stdout.readline()
-    process.stdin.write("\n")
-    process.stdin.flush()
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "killed").glob("*/shard-00001.safetensors")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    folder = folder_of(tmp_path / "killed")
-    assert not (folder / MANIFEST).exists() and not (folder / FILES[3]).exists()
-    build(tmp_path / "killed", counting)
-    assert counting.num == 2
-    assert contents(folder) == contents(folder_of(tmp_path / "whole"))
+def test_the_digest_of_the_encoders_can_be_told(tmp_path, monkeypatch):
+    vae, conditioner = tiny.vae(), tiny.conditioner()
+    digest = encoders_digest(vae, conditioner)
+    build(tmp_path)
+    monkeypatch.setattr(latents, "encoders_digest", None)  # not computed again
+    cached_latents(tmp_path, mixed(), vae, conditioner, encoders=digest)
+    folder_of(tmp_path)

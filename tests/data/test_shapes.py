@@ -43,7 +43,7 @@ for split in ("train", "val", "unseen"):
     for objects in (1, 2):
         pictures = Shapes(split, num_images=20, resolution=32, objects=objects, seed=5)
         for i in range(20):
-            digest.update(pictures[i]["image"].tobytes() + pictures[i]["caption"].encode())
+            digest.update(pictures[i]["image"].tobytes() + pictures[i]["captions"][0].encode())
 print(digest.hexdigest())
 """
 
@@ -109,7 +109,7 @@ def test_pictures_are_the_same_in_every_process() -> None:
 
 def test_the_world_changes_only_with_its_version() -> None:
     """A cache keyed on the fingerprint would lie if scenes or captions changed and VERSION did not."""
-    said = [Shapes(split, objects=k)[i]["caption"] for split in SPLITS for k in (1, 2) for i in range(50)]
+    said = [Shapes(split, objects=k)[i]["captions"][0] for split in SPLITS for k in (1, 2) for i in range(50)]
     assert hashlib.sha256("\n".join(map(str, said)).encode()).hexdigest()[:16] == "95c2cf42f172fc73"
     assert Shapes().fingerprint() == "616602102c07079f"
 
@@ -118,7 +118,7 @@ def test_a_picture_depends_on_its_index_alone() -> None:
     few, many = Shapes(num_images=10, resolution=48), Shapes(num_images=10_000, resolution=48)
     for i in (9, 0, 4):
         np.testing.assert_array_equal(few[i]["image"], many[i]["image"])
-        assert few[i]["caption"] == many[i]["caption"] == Shapes(resolution=64)[i]["caption"]
+        assert few[i]["captions"] == many[i]["captions"] == Shapes(resolution=64)[i]["captions"]
         assert few.scene(i) == many.scene(i)
     assert len(few) == 10
     again = pickle.loads(pickle.dumps(few))
@@ -216,15 +216,15 @@ def test_captions_tell_the_truth_and_mostly_the_whole_of_it(split: str, objects:
     pictures = Shapes(split, num_images=1500, objects=objects)
     missing: Counter[str] = Counter()
     for i in range(len(pictures)):
-        said = read_caption(str(pictures[i]["caption"]), objects)
+        said = read_caption(str(pictures[i]["captions"][0]), objects)
         for what, value in truth(pictures.scene(i)).items():
             if isinstance(value, list):
                 spoken = said[what]
                 assert isinstance(spoken, list)
-                assert all(a in (None, b) for a, b in zip(spoken, value, strict=True)), pictures[i]["caption"]
+                assert all(a in (None, b) for a, b in zip(spoken, value, strict=True)), pictures[i]["captions"][0]
                 missing[what] += spoken.count(None)
             else:
-                assert said[what] in (None, value), pictures[i]["caption"]
+                assert said[what] in (None, value), pictures[i]["captions"][0]
                 missing[what] += said[what] is None
     said_of = ("colors", "shapes", "background", *(("sizes", "position") if objects == 1 else ("relation",)))
     for what in said_of:

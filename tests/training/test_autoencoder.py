@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import tiny
 from ldm.config import AutoencoderStage
-from ldm.data.datamodule import Pictures
+from ldm.data.pictures import Pictures
 from ldm.data.shapes import Shapes
 from ldm.data.sources import open_sources
 from ldm.errors import UserError
@@ -105,7 +105,7 @@ def test_psnr_is_that_of_the_averaged_weights(tmp_path):
     [psnr] = [float(line.split(",")[2]) for line in lines if line.startswith("autoencoder/val_psnr")]
     vae = load_network(AutoencoderKL, Path(config.run_dir) / "model" / "vae")
     val = Pictures(open_sources(config.data)[1], 16)
-    image = val.__getitems__(list(range(8)))["image"]
+    image = val.images(range(8))
     with torch.inference_mode():
         error = F.mse_loss(vae.decode(DiagonalGaussian(vae.encode(image)).mode()), image)
     raw = AutoencoderKL(**vae.config)
@@ -153,7 +153,7 @@ def trained(tmp_path_factory) -> tuple[AutoencoderKL, Pictures, Pictures, Autoen
 
 
 def sampled_latents(vae: AutoencoderKL, pictures: Pictures) -> torch.Tensor:
-    image = pictures.__getitems__(list(range(len(pictures))))["image"]
+    image = pictures.images(range(len(pictures)))
     with torch.inference_mode():
         moments = vae.encode(image)
         noise = torch.randn(len(image), 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -188,7 +188,7 @@ def test_latents_of_held_out_pictures_are_standard(trained, split, bound):
 
 def test_decoding_is_unchanged(trained):
     raw, _, val, exported = trained
-    image = val.__getitems__(list(range(32)))["image"]
+    image = val.images(range(32))
     noise = torch.randn(32, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         pictures = [vae.image(vae.latents(vae.encode(image), noise)) for vae in (raw, exported)]
@@ -205,7 +205,7 @@ def test_the_exported_vae_opens_in_diffusers_with_the_same_latents(trained, tmp_
     *_, val, exported = trained
     save_network(exported, tmp_path / "vae")
     theirs = Theirs.from_pretrained(tmp_path / "vae").eval()
-    image = val.__getitems__(list(range(4)))["image"]
+    image = val.images(range(4))
     with torch.inference_mode():
         latents = theirs.encode(image).latent_dist.mean * theirs.config.scaling_factor
         torch.testing.assert_close(latents, exported.latents(exported.encode(image)), rtol=1e-4, atol=1e-4)
@@ -216,7 +216,7 @@ def test_the_statistics_are_those_of_sampled_latents(trained, batch_size):
     raw, train, _, _ = trained
     subset = Pictures(train.source, 16)
     mean, std = latent_statistics(raw, subset, batch_size, most=100)
-    image = subset.__getitems__(list(range(0, 2000, 20)))["image"]
+    image = subset.images(range(0, 2000, 20))
     with torch.inference_mode():
         moments = DiagonalGaussian(raw.encode(image).double())
     torch.testing.assert_close(mean.double(), moments.mean.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)

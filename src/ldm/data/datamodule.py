@@ -1,116 +1,128 @@
-"""Batches in an order that is a function of the seed alone, from any position on.
+"""Batches in an order that is a function of the seed alone, from any position on; failures that speak.
 
-B batch, H W pixels.
+B batch.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, Dataset, Sampler
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.images import resize_and_crop, to_tensor
-from ldm.data.sources import Source
-
-
-class EndlessBatches(Sampler[list[int]]):
-    """Cut an endless sequence of shuffles of 0..N-1 into batches.
-
-    Batch k of a rank is a function of (seed, k, rank): a resumed run just starts at a later k. Every index comes
-    exactly once in each N draws, none is dropped, and a batch may span two shuffles.
-
-    >>> batches = iter(EndlessBatches(num_samples=4, batch_size=3, seed=0))
-    >>> sorted(next(batches) + next(batches)[:1])
-    [0, 1, 2, 3]
-    """
-
-    def __init__(
-        self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
-    ) -> None:
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = (self.start * self.world_size + self.rank) * self.batch_size
-        epoch, shuffled = -1, np.empty(0, dtype=np.int64)
-        while True:
-            batch = []
-            for i in range(position, position + self.batch_size):
-                if i // self.num_samples != epoch:
-                    epoch = i // self.num_samples
-                    shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-                batch.append(int(shuffled[i % self.num_samples]))
-            yield batch
-            position += self.batch_size * self.world_size
-
-
-class Pictures(Dataset[dict[str, Any]]):
-    """A source's pictures, cut to one size; a batch is {"image": (B, 3, H, W) in [-1, 1], "caption": list[str]}."""
-
-    def __init__(self, source: Source, resolution: int) -> None:
-        self.source, self.resolution = source, resolution
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        rows = [self.source[i] for i in indices]
-        pixels = np.stack([resize_and_crop(row["image"], self.resolution) for row in rows])
-        return {"image": to_tensor(pixels), "caption": [row["caption"] for row in rows]}
+from ldm.data.buckets import BucketBatches
+from ldm.data.order import EndlessBatches, Pick, ShardShuffle, Shuffle, StreamBatches, WeightedShuffle
+from ldm.errors import UserError
 
 
 class DataModule(pl.LightningDataModule):
     """Endless training batches from where the trainer stands, and a fixed sequence of validation batches.
 
     Args:
-        train, val: datasets whose `__getitems__(indices)` returns a whole batch.
+        train, val: datasets whose `__getitems__(picks)` returns a whole batch; `bucket_of` says which samples can
+            stand in one batch, None that all can.
+        order: of the training samples.
         batch_size: B of each rank and micro-batch.
-        seed: decides the order.
         num_workers: loader processes.
         overfit_batches: above 0, only the first so many training batches are used, again and again.
     """
 
     def __init__(
-        self, train: Any, val: Any, batch_size: int, seed: int, num_workers: int = 0, overfit_batches: int = 0
+        self,
+        train: Any,
+        val: Any,
+        order: Shuffle | WeightedShuffle | ShardShuffle,
+        batch_size: int,
+        num_workers: int = 0,
+        overfit_batches: int = 0,
     ) -> None:
         super().__init__()
-        self.train, self.val = train, val
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
-        self.overfit_batches = overfit_batches
+        self.train, self.val, self.order = train, val, order
+        self.batch_size, self.num_workers, self.overfit_batches = batch_size, num_workers, overfit_batches
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
-        num_samples = len(self.train)
+        rank, world_size = trainer.global_rank, trainer.world_size
+        start = trainer.global_step * trainer.accumulate_grad_batches
+        order = self.order
         if self.overfit_batches:
-            num_samples = min(num_samples, self.overfit_batches * self.batch_size * trainer.world_size)
-        batches = EndlessBatches(
-            num_samples,
-            self.batch_size,
-            self.seed,
-            trainer.global_rank,
-            trainer.world_size,
-            start=trainer.global_step * trainer.accumulate_grad_batches,
-        )
+            few = min(len(self.train), self.overfit_batches * self.batch_size * world_size)
+            order = Shuffle(few, order.seed)
+        if isinstance(order, ShardShuffle):
+            return self._loader(self.train, StreamBatches(order, self.batch_size, rank, world_size, start))
+        if self.train.bucket_of is None:
+            return self._loader(self.train, EndlessBatches(order, self.batch_size, rank, world_size, start))
+        batches = BucketBatches(order, self.train.bucket_of, self.batch_size, order.seed, rank, world_size, start)
         return self._loader(self.train, batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        indices = list(range(rank, len(self.val), world_size))
-        batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        mine = np.arange(self.trainer.global_rank, len(self.val), self.trainer.world_size)
+        buckets = self.val.bucket_of
+        groups = [mine] if buckets is None else [mine[buckets[mine] == bucket] for bucket in np.unique(buckets[mine])]
+        cuts = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
+        # By their first sample, so that the first few batches, which may be all that is looked at, show every shape.
+        batches: list[list[Pick]] = [[(int(i), 0) for i in cut] for cut in sorted(cuts, key=lambda cut: cut[0])]
         return self._loader(self.val, batches)
 
     def _loader(self, dataset: Any, batches: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
+        num_workers = 0 if getattr(dataset, "in_memory", False) else self.num_workers  # nothing to wait for
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        comes_from_there = getattr(dataset, "device", torch.device("cpu")).type == "cuda"
+        return Loader(
+            Guarded(dataset),
             batch_sampler=batches,
             collate_fn=_whole,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=on_gpu and not comes_from_there,
         )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in a loader process: an exception from there would come wrapped in a traceback, or not at all."""
+
+    reason: str
+
+
+class Guarded(Dataset[Any]):
+    """A dataset whose user errors come as values."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, picks: list[Pick]) -> Any:
+        try:
+            return self.dataset.__getitems__(picks)
+        except UserError as error:
+            return Failure(str(error))
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that ends with a message where a picture cannot be had or a loader process is gone."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"a loader process is gone: {str(error).splitlines()[0]} Such processes are mostly killed for "
+                    f"want of memory: fewer of them (data.num_workers={self.num_workers} now) or smaller batches "
+                    "need less. The same command goes on from the last checkpoint"
+                ) from error
+            if isinstance(batch, Failure):
+                raise UserError(batch.reason)
+            yield batch
 
 
 def _whole(batch: Any) -> Any:

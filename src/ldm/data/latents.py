@@ -1,166 +1,185 @@
-"""The cache of VAE moments and text context: every picture and caption of a fixed set is encoded once.
+"""The cache of VAE moments and text context: every view of a picture and every caption of a set is encoded once.
 
 Moments are kept, not samples of them: each step draws its own latents, so that the training distribution stays what it
 would be without the cache. The null context is kept too, so that caption dropout stays per sample.
 
-A cache is a folder of safetensors shards, each written to a temporary name and renamed, and a manifest written last.
-A folder without a manifest is a build that was interrupted: its whole shards are kept and the rest is added.
-
-B batch, C latent channels, h w latents, L tokens, D width.
+N pictures, V views of each, B batch, C latent channels, W H pixels, h w latents, L tokens, D width.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ldm.conditioner import Conditioner
-from ldm.data.datamodule import Pictures
+from ldm.data.cache_folder import CacheFolder, Shard
+from ldm.data.cache_layout import Layout
+from ldm.data.cache_reader import CachedLatents
+from ldm.data.pictures import Pictures
+from ldm.errors import UserError
 from ldm.nn.autoencoder import AutoencoderKL
+from ldm.progress import Advance
 
-MANIFEST = "manifest.json"
-NULL_CONTEXT = "null.safetensors"
-SHARD_SIZE = 4096
+FORMAT = 2
+"""Of the files; a cache of another format has another key."""
 
+BATCH_PIXELS = 2**22
+"""Views are encoded in batches of no more pixels than this: 64 of 256x256, 16 of 512x512."""
 
-class CachedLatents(Dataset[dict[str, Tensor]]):
-    """A cache, read by memory map; a batch is {"moments": (B, 2C, h, w), "context": (B, L, D)}."""
+LESS_SPACE = "free some, put it on another disk (output_dir=…), store less (data.cache_dtype=bf16) or data.cache=false"
 
-    def __init__(self, folder: Path) -> None:
-        self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
-        self.null_context = load_file(folder / NULL_CONTEXT)["context"]
-
-    def __len__(self) -> int:
-        return sum(len(shard["moments"]) for shard in self.shards)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        places = [divmod(i, SHARD_SIZE) for i in indices]
-        return {
-            key: torch.stack([self.shards[shard][key][row] for shard, row in places]) for key in ("moments", "context")
-        }
+T = TypeVar("T")
 
 
-def cache_key(pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner) -> str:
-    """Name a cache by all that decides its content: pictures and captions, transform, tokenizer, both encoders."""
+def encoders_digest(vae: AutoencoderKL, conditioner: Conditioner) -> str:
+    """Digest the weights and configs of both encoders and the tokenizer."""
     tokenizer = json.loads(conditioner.tokenizer.backend_tokenizer.to_str())
     tokenizer |= {"padding": conditioner.tokenizer.pad_token_id, "truncation": conditioner.max_length}
     settings = [tokenizer, vae.config, conditioner.text_tower.config]
-    digest = hashlib.sha256(f"{pictures.source.fingerprint()} {pictures.resolution} {SHARD_SIZE}".encode())
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for module in (vae, conditioner):
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+def cache_key(pictures: Pictures, layout: Layout, encoders: str) -> str:
+    """Name a cache by all that decides its content: pictures and captions, transform, encoders, dtype, format."""
+    parts = [FORMAT, pictures.source.fingerprint(), pictures.transform, layout.digest, encoders]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def cached_latents(
-    root: Path, pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner, batch_size: int = 64
+    root: Path,
+    pictures: Pictures,
+    vae: AutoencoderKL,
+    conditioner: Conditioner,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    memory: Literal["auto", "disk"] | torch.device = "auto",
+    encoders: str | None = None,
+    num_readers: int = 1,
 ) -> CachedLatents:
     """Open the cache of these pictures under `root`, built or finished first where it is not whole.
 
-    Processes that come at the same time wait for the one that builds. A damaged shard is built again.
+    Processes that come at the same time build it together. A damaged file is made again.
 
     Args:
         root: folder of all caches.
         pictures: pictures and captions, cut to size.
         vae, conditioner: encoders in eval mode, on the device to encode on.
-        batch_size: of encoding.
+        batch_size: of encoding, fewer where views are large.
+        dtype: of what is stored; batches are float32.
+        memory: see `CachedLatents`.
+        encoders: `encoders_digest(vae, conditioner)`, where it is known already.
+        num_readers: processes of this machine that open the cache, each with memory of its own.
+
+    Raises:
+        UserError: the disk is full, or cannot be written; a value is too large for `dtype`; a picture cannot be read.
     """
-    folder = root / cache_key(pictures, vae, conditioner)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if (folder / MANIFEST).exists():
-            digests = _read_manifest(folder)
-            damaged = [name for name in _file_names(len(pictures)) if _digest(folder / name) != digests.get(name)]
-            # The manifest goes last: whenever this is cut short, what is damaged is found again.
-            for name in [*damaged, MANIFEST] if damaged else ():
-                (folder / name).unlink(missing_ok=True)
-        if not (folder / MANIFEST).exists():
-            _build(folder, pictures, vae, conditioner, batch_size)
-        return CachedLatents(folder)
+    layout = Layout(pictures, vae, conditioner, dtype)
+    key = cache_key(pictures, layout, encoders or encoders_digest(vae, conditioner))
+    folder = CacheFolder(root / key[:16], layout.shards, LESS_SPACE)
+    if folder.missing:
+        _build(folder, layout, pictures, vae, conditioner, batch_size)
+    facts = {"format": FORMAT, "pictures": len(pictures), "views": pictures.num_variants, "captions": len(layout.texts)}
+    folder.finish(facts)
+    return CachedLatents(pictures, layout, folder, memory, num_readers)
+
+
+# -------------------------------------------------------------------------------------------------------- encoding
 
 
 @torch.inference_mode()
-def _build(folder: Path, pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner, batch_size: int) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    device = next(vae.parameters()).device
-    starts = range(0, len(pictures), SHARD_SIZE)
-    *names, null_context = _file_names(len(pictures))
-    _save(folder / null_context, {"context": conditioner.null_context()[None]})
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _build(
+    folder: CacheFolder, layout: Layout, pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner, batch: int
+) -> None:
+    folder.check_space()
     started = time.monotonic()
-    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("encoding pictures and captions", total=len(pictures))
-        for start, name in zip(starts, names, strict=True):
-            stop = min(start + SHARD_SIZE, len(pictures))
-            if _whole_shard(folder / name, stop - start):
-                progress.advance(task, stop - start)
-                continue
-            moments, context = [], []
-            for i in range(start, stop, batch_size):
-                batch = pictures.__getitems__(list(range(i, min(i + batch_size, stop))))
-                image = batch["image"].to(device, memory_format=torch.channels_last)
-                moments.append(vae.encode(image).float().cpu())
-                context.append(conditioner(batch["caption"]).float().cpu())
-                progress.advance(task, len(batch["caption"]))
-            _save(folder / name, {"moments": torch.cat(moments).contiguous(), "context": torch.cat(context)})
+    tables = {table.name: number for number, table in enumerate(layout.moments)}
+
+    def context(shard: Shard, advance: Advance) -> Tensor:
+        texts = layout.texts[shard.begin : shard.begin + shard.shape[0]]
+        return _encode_captions(texts, conditioner, shard, batch, advance)
+
+    def moments(shard: Shard, advance: Advance) -> Tensor:
+        number = tables[shard.table]
+        indices = layout.members[number][shard.begin : shard.begin + shard.shape[0]]
+        width, height = layout.sizes[number]
+        step = min(batch, max(1, BATCH_PIXELS // (width * height)))
+        return _encode_pictures(pictures, indices, vae, shard, step, advance)
+
+    captions = folder.fill(layout.context.shards, context, "encoding captions", "captions")
+    views = [shard for table in layout.moments for shard in table.shards]
+    encoded = folder.fill(views, moments, "encoding pictures", "pictures")
     seconds = time.monotonic() - started
-    print(f"  encoded {len(pictures)} pictures and captions in {seconds:.0f} s: {folder}", flush=True)
-    digests = {name: _digest(folder / name) for name in (*names, null_context)}
-    temporary = folder / "manifest.tmp"
-    temporary.write_text(json.dumps(digests, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    print(f"  encoded {encoded} pictures and {captions} captions in {seconds:.0f} s: {folder.folder}", flush=True)
 
 
-def _file_names(num_samples: int) -> list[str]:
-    return [*(f"shard-{i:05d}.safetensors" for i in range(-(-num_samples // SHARD_SIZE))), NULL_CONTEXT]
+def _encode_captions(
+    texts: Sequence[str], conditioner: Conditioner, shard: Shard, batch_size: int, advance: Advance
+) -> Tensor:
+    rows = torch.empty(shard.shape, dtype=shard.dtype)
+    for begin in range(0, len(texts), batch_size):
+        batch = texts[begin : begin + batch_size]
+        rows[begin : begin + len(batch)] = _rounded(conditioner(batch), shard.dtype, [f"caption {t!r}" for t in batch])
+        advance(len(batch))
+    return rows
 
 
-def _whole_shard(path: Path, num_samples: int) -> bool:
-    """Tell whether an interrupted build left this shard whole: a rename puts it in place, so being readable will do."""
-    try:
-        return path.exists() and len(load_file(path)["moments"]) == num_samples
-    except (SafetensorError, KeyError):
-        return False
+def _encode_pictures(
+    pictures: Pictures, indices: NDArray[np.int64], vae: AutoencoderKL, shard: Shard, batch_size: int, advance: Advance
+) -> Tensor:
+    """Return (n, V, 2C, h, w). Batches begin with the shard: its bytes do not depend on where a build was cut."""
+    weight = next(vae.parameters())
+    rows = torch.empty(shard.shape, dtype=shard.dtype)
+    batches = [indices[begin : begin + batch_size] for begin in range(0, len(indices), batch_size)]
+    views = [(batch, variant) for batch in batches for variant in range(shard.shape[1])]
+    done = 0
+    for (batch, variant), image in zip(views, _ahead(lambda view: pictures.images(*view), views), strict=True):
+        moments = vae.encode(image.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+        told = [f"picture {i}" for i in batch]
+        rows[done : done + len(batch), variant] = _rounded(moments, shard.dtype, told)
+        if variant == shard.shape[1] - 1:
+            done += len(batch)
+            advance(len(batch))
+    return rows
 
 
-def _read_manifest(folder: Path) -> Mapping[str, str]:
-    """Return the digest of each file, or none where the manifest itself is damaged."""
-    try:
-        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return digests if isinstance(digests, dict) else {}
+def _rounded(values: Tensor, dtype: torch.dtype, told: Sequence[str]) -> Tensor:
+    """Return (B, …) in a cache's dtype, on the CPU; `told` says whose rows they are."""
+    rounded = values.to(dtype)
+    bad = ~rounded.flatten(1).isfinite().all(dim=1)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        if values[i].isfinite().all():
+            raise UserError(
+                f"{told[i]} is encoded as values up to {values[i].abs().max():.3g}, beyond the range of "
+                f"{str(dtype).removeprefix('torch.')}: data.cache_dtype=bf16 or fp32 holds them"
+            )
+        raise UserError(
+            f"{told[i]} is encoded as values that are not finite: the weights of the VAE or the text encoder are "
+            "damaged, or their precision is too low (float32 has the range)"
+        )
+    return rounded.cpu()
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
-
-
-def _digest(path: Path) -> str:
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
-        yield
+def _ahead(function: Callable[[Any], T], arguments: Iterable[Any]) -> Iterator[T]:
+    """Give function(argument) of each; the next one is worked on in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for argument in arguments:
+            ready, coming = coming, pool.submit(function, argument)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

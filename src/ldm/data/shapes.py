@@ -263,7 +263,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, complete: bool
 
 
 class Shapes:
-    """A map-style dataset of {"image": (H, W, 3) uint8, "caption": str}, drawn when asked for.
+    """A map-style dataset of {"image": (H, W, C) uint8, "captions": (str,)}, drawn when asked for.
 
     Splits are disjoint in what they show:
         train   everything else, with captions that sometimes leave an attribute out;
@@ -279,13 +279,20 @@ class Shapes:
         resolution: pixels per side.
         objects: 1 or 2 shapes in a picture.
         seed: decides what is held out, and every draw.
+        channels: 3 for RGB; 1 gives grey, 4 adds an opaque alpha.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
     def __init__(
-        self, split: str = "train", num_images: int = 50_000, resolution: int = 32, objects: int = 1, seed: int = 0
+        self,
+        split: str = "train",
+        num_images: int = 50_000,
+        resolution: int = 32,
+        objects: int = 1,
+        seed: int = 0,
+        channels: int = 3,
     ) -> None:
         _check("split", split, SPLITS)
         _check("objects", objects, tuple(OFFSET))
@@ -295,19 +302,28 @@ class Shapes:
                 "num_images is at least 1, resolution at least 16, and seed is not negative"
             )
         self.split, self.num_images, self.resolution = split, num_images, resolution
-        self.objects, self.seed = objects, seed
+        self.objects, self.seed, self.channels = objects, seed, channels
 
     def __len__(self) -> int:
         return self.num_images
 
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.uint8] | str]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         scene, rng = self._draw_scene(index)
         text = caption(scene, rng)
-        return {"image": draw(scene, self.resolution, rng), "caption": text}
+        pixels = draw(scene, self.resolution, rng)
+        if self.channels != 3:
+            from ldm.data.images import to_channels  # with torch, which nothing else here needs
 
-    def captions(self) -> list[str]:
+            pixels = to_channels(pixels, self.channels)
+        return {"image": pixels, "captions": (text,)}
+
+    def captions(self) -> list[tuple[str]]:
         """Return all captions, without drawing."""
-        return [caption(*self._draw_scene(index)) for index in range(self.num_images)]
+        return [(caption(*self._draw_scene(index)),) for index in range(self.num_images)]
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Return W, H of all pictures, (N, 2)."""
+        return np.full((self.num_images, 2), self.resolution, np.int32)
 
     def scene(self, index: int) -> Scene:
         """Return what picture `index` shows."""
@@ -317,7 +333,7 @@ class Shapes:
         """Return a hash of all that decides the pictures and captions, equal on every machine: a key for caches."""
         own = (self.split, self.num_images, self.resolution, self.objects, self.seed)
         world = (VERSION, PALETTE, RADII, POSITIONS, OFFSET, SHRINK, JITTER, WORDS, UNSAID, SHAPES)
-        return f"{_hash(own, world):016x}"
+        return f"{_hash(own, world):016x}" + (f"-{self.channels}" if self.channels != 3 else "")
 
     def _draw_scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """Return the scene, and the generator that goes on to describe and draw it."""

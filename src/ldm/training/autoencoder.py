@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.config import AutoencoderStage
-from ldm.data.datamodule import Pictures
+from ldm.data.pictures import Pictures
 from ldm.nn.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.training.module import StageModule, step_generator
 
@@ -59,7 +59,7 @@ class AutoencoderModule(StageModule):
     def preview(self, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
         """Return held-out pictures and, after each, its reconstruction."""
         pictures: Pictures = self.trainer.datamodule.val  # type: ignore[attr-defined]
-        batch = pictures.__getitems__(list(range(min(num_images // 2, len(pictures)))))
+        batch = pictures.__getitems__([(i, 0) for i in range(min(num_images // 2, len(pictures)))])
         image = batch["image"].to(self.device)
         reconstruction = self.evaluated.decode(DiagonalGaussian(self.evaluated.encode(image)).mode())
         pairs = torch.stack([image, reconstruction], dim=1).flatten(0, 1)
@@ -89,7 +89,7 @@ def latent_statistics(
     sums = torch.zeros(2, vae.config["latent_channels"], dtype=torch.float64)
     num_values = 0
     for start in range(0, count, batch_size):
-        image = pictures.__getitems__(indices[start : start + batch_size])["image"]
+        image = pictures.images(indices[start : start + batch_size])
         image = image.to(device, memory_format=torch.channels_last)
         moments = vae.encode(image)
         # In units of latents, so that a scaling_factor that the VAE already has is kept in step.

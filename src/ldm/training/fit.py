@@ -11,13 +11,18 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
-from ldm.conditioner import num_truncated, train_tokenizer
+from ldm.conditioner import Conditioner, num_truncated, train_tokenizer
 from ldm.config import Stage, TrainConfig
-from ldm.data.datamodule import DataModule, Pictures
-from ldm.data.latents import cached_latents
-from ldm.data.sources import open_sources
+from ldm.data.buckets import Buckets
+from ldm.data.cache_reader import CachedLatents
+from ldm.data.datamodule import DataModule
+from ldm.data.latents import cached_latents, encoders_digest
+from ldm.data.pictures import Pictures
+from ldm.data.sources import open_sources, training_order
 from ldm.errors import UserError
 from ldm.files import written_atomically
+from ldm.nn.autoencoder import AutoencoderKL
+from ldm.nn.unet import UNet
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
 from ldm.training.checkpointing import AtomicCheckpointIO, last_checkpoint_callback, read_header
 from ldm.training.clip import ClipModule
@@ -26,10 +31,11 @@ from ldm.training.loggers import MetricsCSV
 from ldm.training.module import StageModule
 from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, check_networks, load_frozen
 from ldm.training.optim import build_optimizer
-from ldm.training.stages import PARTS, is_done, record_result, stage_inputs, stage_steps
+from ldm.training.stages import PARTS, is_done, main_process, record_result, stage_inputs, stage_steps
 from ldm.weights.folder import save_network, save_pipeline_index
 
 ENCODE_BATCH = 64
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Begin = Callable[[], None]  # called once all that can be wrong with a config has been looked at
 
@@ -52,9 +58,10 @@ def check_at_the_door(config: TrainConfig, stages: Sequence[Stage]) -> None:
 
 def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> float | None:
     """Train the VAE, fold its latent statistics into it, and write `vae/` into `place`."""
-    train, val = _pictures(config)
-    module = AutoencoderModule(build_vae(config), config.autoencoder, config.seed)
-    trainer = _fit(config, module, DataModule(train, val, **_feeding(config, config.autoencoder.batch_size)), begin)
+    vae = build_vae(config)
+    train, val = open_pictures(config, vae.config["in_channels"])
+    module = AutoencoderModule(vae, config.autoencoder, config.seed)
+    trainer = _fit(config, module, _datamodule(config, train, val, config.autoencoder.batch_size), begin)
     if trainer.is_global_zero and not is_done(config, "autoencoder"):  # another run may have been faster
         vae = module.evaluated.to(trainer.strategy.root_device).eval()
         try:
@@ -70,14 +77,14 @@ def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> float | N
 
 def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> float | None:
     """Train the vocabulary and both towers; write `clip/`, `text_encoder/` and `tokenizer/` into `place`."""
-    train, val = _pictures(config)
-    tokenizer = train_tokenizer(
-        train.source.captions(), config.text_encoder.vocab_size or 49408, config.text_encoder.max_length or 77
-    )
+    train, val = open_pictures(config)
+    captions = (text for texts in train.captions for text in texts)
+    part = config.text_encoder
+    tokenizer = train_tokenizer(captions, part.vocab_size or 49408, part.max_length or 77)
     clip = build_clip(config, tokenizer)
     max_length = clip.config["text_config"]["max_position_embeddings"]
     module = ClipModule(clip, tokenizer, max_length, config.clip, config.seed)
-    trainer = _fit(config, module, DataModule(train, val, **_feeding(config, config.clip.batch_size)), begin)
+    trainer = _fit(config, module, _datamodule(config, train, val, config.clip.batch_size), begin)
     if trainer.is_global_zero and not is_done(config, "clip"):
         with written_atomically(place) as folder:
             save_network(clip, folder / "clip")
@@ -93,22 +100,20 @@ def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> float | Non
     vae, conditioner = load_frozen(config)
     unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
     schedule = build_schedule(config)
-    train, val = _pictures(config)
-    prompts = [val.source.captions()[i] for i in range(min(len(val), 64))]
+    train, val = open_pictures(config, vae.config["in_channels"], find_buckets(config, vae, unet))
+    prompts = [texts[0] for texts in val.captions[:64]]
     module = DiffusionModule(
         unet, schedule, config.diffusion, config.optim, config.trainer.max_steps, config.seed,
         vae, conditioner, config.sampling, prompts,
     )  # fmt: skip
-    trainer = _build_trainer(config, module)
-    if trainer.is_global_zero and (cut := num_truncated(conditioner, train.source.captions())):
-        print(f"  {cut} of {len(train)} captions are longer than {conditioner.max_length} tokens and are cut there")
+    trainer = build_trainer(config, module)
+    if trainer.is_global_zero:
+        _say_what_is_cut(config, train, conditioner)
     datasets: tuple[Any, Any] = (train, val)
     if config.data.cache:
-        device = trainer.strategy.root_device
-        root = Path(config.output_dir) / "cache"
-        encoders = vae.to(device), conditioner.to(device)
-        datasets = cached_latents(root, train, *encoders), cached_latents(root, val, *encoders)
-    _fit(config, module, DataModule(*datasets, **_feeding(config, config.data.batch_size)), begin, trainer)
+        device, num_readers = trainer.strategy.root_device, trainer.num_devices
+        datasets = _cached(config, train, val, vae, conditioner, device, num_readers)
+    _fit(config, module, _datamodule(config, *datasets, config.data.batch_size, train), begin, trainer)
     if trainer.is_global_zero:
         if config.vae.pretrained:
             save_network(vae, place / "vae")
@@ -132,21 +137,92 @@ FIT: Mapping[Stage, Callable[[TrainConfig, Path, Begin], float | None]] = {
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def _pictures(config: TrainConfig) -> tuple[Pictures, Pictures]:
-    train, val = open_sources(config.data)
-    return Pictures(train, config.data.resolution), Pictures(val, config.data.resolution)
+def open_pictures(config: TrainConfig, channels: int = 3, buckets: Buckets | None = None) -> tuple[Pictures, Pictures]:
+    """Open the training and the validation pictures as a stage sees them: squares, or of the buckets' sizes.
+
+    Raises:
+        UserError: see `open_sources`.
+    """
+    report = Path(config.run_dir) / "quarantine.txt" if main_process() else None
+    cache = Path(config.output_dir) / "cache" / "indexes"
+    sources: Any = open_sources(
+        config.data, channels, cache, report
+    )  # a stream has no sizes, and needs none: no buckets
+    train, val = sources
+    return training_views(config, train, buckets), validation_views(config, val, buckets)
 
 
-def _feeding(config: TrainConfig, batch_size: int) -> dict[str, int]:
-    return {
-        "batch_size": batch_size,
-        "seed": config.seed,
-        "num_workers": config.data.num_workers,
-        "overfit_batches": config.trainer.overfit_batches,
-    }
+def training_views(config: TrainConfig, source: Any, buckets: Buckets | None) -> Pictures:
+    data = config.data
+    return Pictures(source, data.resolution, config.seed, buckets, data.crop, data.flip, data.variants)
 
 
-def _build_trainer(config: TrainConfig, module: StageModule) -> pl.Trainer:
+def validation_views(config: TrainConfig, source: Any, buckets: Buckets | None) -> Pictures:
+    return Pictures(source, config.data.resolution, config.seed, buckets, fixed=True)
+
+
+def build_cache(config: TrainConfig) -> None:
+    """Encode every picture and caption, and train nothing.
+
+    Raises:
+        UserError: an encoder is not there yet; see `open_sources`.
+    """
+    vae, conditioner = load_frozen(config)
+    unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
+    train, val = open_pictures(config, vae.config["in_channels"], find_buckets(config, vae, unet))
+    _say_what_is_cut(config, train, conditioner)
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    _cached(config, train, val, vae, conditioner, torch.device("cuda" if on_gpu else "cpu"))
+
+
+def find_buckets(config: TrainConfig, vae: AutoencoderKL, unet: UNet) -> Buckets | None:
+    if not config.data.buckets:
+        return None
+    return Buckets(config.data.resolution, vae.downscale_factor * unet.downscale_factor)
+
+
+def _cached(
+    config: TrainConfig,
+    train: Pictures,
+    val: Pictures,
+    vae: AutoencoderKL,
+    conditioner: Conditioner,
+    device: torch.device,
+    num_readers: int = 1,
+) -> tuple[CachedLatents, CachedLatents]:
+    root = Path(config.output_dir) / "cache"
+    vae.to(device), conditioner.to(device)
+    encoders = encoders_digest(vae, conditioner)
+    dtype = CACHE_DTYPES[config.data.cache_dtype]
+    memory: Any = device if config.data.cache_on_device else "auto"
+    train_cache, val_cache = (
+        cached_latents(root, pictures, vae, conditioner, ENCODE_BATCH, dtype, memory, encoders, num_readers)
+        for pictures in (train, val)
+    )
+    return train_cache, val_cache
+
+
+def _say_what_is_cut(config: TrainConfig, train: Pictures, conditioner: Conditioner) -> None:
+    captions = [text for texts in train.captions for text in texts]
+    if cut := num_truncated(conditioner, captions):
+        print(f"  {cut} of {len(captions)} captions are longer than {conditioner.max_length} tokens and are cut there")
+    if train.buckets is not None:
+        print(train.buckets.table(train.source.sizes(), config.data.batch_size), flush=True)
+
+
+def _datamodule(
+    config: TrainConfig, train: Any, val: Any, batch_size: int, pictures: Pictures | None = None
+) -> DataModule:
+    order = training_order((pictures or train).source, config.seed)
+    return DataModule(train, val, order, batch_size, config.data.num_workers, config.trainer.overfit_batches)
+
+
+def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callback) -> pl.Trainer:
+    """Build the trainer of a stage, with the loggers and callbacks of the config and these.
+
+    Raises:
+        UserError: there is no such device, strategy, logger or callback.
+    """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
@@ -182,7 +258,7 @@ def _build_trainer(config: TrainConfig, module: StageModule) -> pl.Trainer:
             num_sanity_val_steps=0,
             log_every_n_steps=min(50, module.max_steps),
             logger=[instantiate(node.node()) for node in config.logger.values()],
-            callbacks=[checkpoints, *(instantiate(node.node()) for node in config.callbacks.values())],
+            callbacks=[checkpoints, *callbacks, *(instantiate(node.node()) for node in config.callbacks.values())],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=config.run_dir,
             enable_model_summary=False,
@@ -216,7 +292,7 @@ def _fit(
     config: TrainConfig, module: StageModule, datamodule: DataModule, begin: Begin, trainer: pl.Trainer | None = None
 ) -> pl.Trainer:
     """Fit a stage, from its checkpoint on where there is one of the same config; leave a checkpoint of the end."""
-    trainer = trainer or _build_trainer(config, module)
+    trainer = trainer or build_trainer(config, module)
     module.identity = _identity(config, module.stage)
     if any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
         module.to(memory_format=torch.channels_last)

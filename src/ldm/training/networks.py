@@ -38,12 +38,15 @@ def build_vae(config: TrainConfig) -> AutoencoderKL:
     """Build the VAE that a config describes, with fresh weights that are a function of the seed."""
     options = config.vae.options()
     num_levels = len(options.get("block_out_channels", [0]))
+    channels = options.pop("in_channels", 3)
     return _build(
         AutoencoderKL,
         "vae",
         config.seed,
         scaling_factor=1.0,
         sample_size=config.data.resolution,
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=["DownEncoderBlock2D"] * num_levels,
         up_block_types=["UpDecoderBlock2D"] * num_levels,
         **options,
@@ -98,14 +101,20 @@ def build_schedule(config: TrainConfig) -> NoiseSchedule:
 
 def load_frozen(config: TrainConfig) -> tuple[AutoencoderKL, Conditioner]:
     """Load the VAE and the conditioner that the U-Net is trained over: pretrained, or earlier stages' results."""
-    vae_source = config.vae.pretrained or str(require_result(config, "autoencoder"))
-    vae = load_part(AutoencoderKL, vae_source, option="vae.pretrained").requires_grad_(False)
-    vae.to(memory_format=torch.channels_last)
-    text_source = config.text_encoder.pretrained or str(require_result(config, "clip"))
-    text_tower = load_part(TextTower, text_source, option="text_encoder.pretrained")
-    tokenizer = load_text_tokenizer(text_source, text_tower, "text_encoder.pretrained")
-    conditioner = Conditioner(tokenizer, text_tower)
-    return vae, conditioner.eval().requires_grad_(False)
+    return load_vae(config), load_conditioner(config)
+
+
+def load_vae(config: TrainConfig) -> AutoencoderKL:
+    source = config.vae.pretrained or str(require_result(config, "autoencoder"))
+    vae = load_part(AutoencoderKL, source, option="vae.pretrained").requires_grad_(False)
+    return vae.to(memory_format=torch.channels_last)
+
+
+def load_conditioner(config: TrainConfig) -> Conditioner:
+    source = config.text_encoder.pretrained or str(require_result(config, "clip"))
+    text_tower = load_part(TextTower, source, option="text_encoder.pretrained")
+    tokenizer = load_text_tokenizer(source, text_tower, "text_encoder.pretrained")
+    return Conditioner(tokenizer, text_tower).eval().requires_grad_(False)
 
 
 def _build(network: Any, group: str, seed: int, **options: Any) -> Any:

@@ -66,6 +66,18 @@ def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
         UserError: bad data or weights; another run holds the directory; a stage that is left out has no result.
     """
     run_dir = Path(config.run_dir)
+    if config.doctor:
+        from ldm.training.doctor import examine
+
+        with held(run_dir):
+            ruinous = examine(config)
+        raise SystemExit(1 if ruinous else 0)
+    if config.data.cache == "build":
+        from ldm.training.fit import build_cache
+
+        with held(run_dir):
+            build_cache(config)
+        return None
     missing = [stage for stage in STAGES if stage in config.stages and not is_done(config, stage)]
     if "diffusion" in missing:
         needed: dict[Stage, Any] = {"autoencoder": config.vae, "clip": config.text_encoder}
@@ -101,7 +113,7 @@ def _run_stage(
         _say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
     elif stage in config.stages:
         _say(f"{stage:12} up to date: {place}")
-    if stage != "diffusion" and is_done(config, stage) and _main_process():
+    if stage != "diffusion" and is_done(config, stage) and main_process():
         _link_result(place, run_dir / "model", PARTS[stage])
     return loss
 
@@ -122,10 +134,14 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     """Return all that decides a stage's result: data, networks, training, and the results it builds on.
 
     How data are fed (workers, cache) and where it runs (devices, logging) are left out: they decide nothing. So is
-    `trainer.precision` for the VAE and CLIP, which runs on different machines are to share.
+    `trainer.precision` for the VAE and CLIP, which runs on different machines are to share, and what only the U-Net
+    sees (buckets, cached views).
     """
     values = config.model_dump(mode="json")
-    data = {k: v for k, v in values["data"].items() if k not in ("batch_size", "num_workers", "cache")}
+    feeding = {"batch_size", "num_workers", "cache", "cache_on_device", "max_bad"}
+    if stage != "diffusion":
+        feeding |= {"buckets", "variants", "cache_dtype"}
+    data = {key: value for key, value in values["data"].items() if key not in feeding}
     if isinstance(config.data, ShapesData):
         data["version"] = SHAPES_VERSION  # of the drawing code, which decides the pictures as well
     trainer = values["trainer"]
@@ -212,19 +228,19 @@ def _link_result(result: Path, model: Path, part: str) -> None:
     marker.write_text(result.name, encoding="utf-8")
 
 
-def _main_process() -> bool:
+def main_process() -> bool:
     """Tell whether this is the first process of a run, by what Lightning, torchrun and Slurm tell the others."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def _say(line: str) -> None:
-    if _main_process():
+    if main_process():
         print(line, flush=True)
 
 
 def _write_run_files(run_dir: Path, config: TrainConfig, overrides: Sequence[str]) -> None:
     """Write the run's config, the overrides that a person typed, and what it ran on."""
-    if not _main_process():
+    if not main_process():
         return
     import yaml
 
@@ -251,7 +267,7 @@ def held(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it (says who), or it cannot be written.
     """
-    if not _main_process():  # launched by the process that holds it
+    if not main_process():  # launched by the process that holds it
         yield
         return
     try:
@@ -275,7 +291,8 @@ def held(run_dir: Path) -> Iterator[None]:
         try:
             yield
         except UserError:
-            if run_dir in made and not (run_dir / "checkpoints").exists():
+            worth_keeping = (run_dir / name for name in ("checkpoints", "quarantine.txt"))
+            if run_dir in made and not any(path.exists() for path in worth_keeping):
                 shutil.rmtree(run_dir)
                 for folder in made[1:]:
                     with suppress(OSError):  # something else lies in it by now

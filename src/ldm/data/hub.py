@@ -1,0 +1,186 @@
+"""Captioned pictures that `datasets` opens: a hub id, or a local folder of parquet files and the like."""
+
+import glob
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.config import HubSection
+from ldm.data.captions import Wording
+from ldm.data.images import Pixels
+from ldm.data.index import look_at
+from ldm.errors import UserError
+
+SPLIT_FOLDERS = ("train", "validation", "val", "test")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class HubSource:
+    """The rows of a set, as `datasets` keeps it on disk.
+
+    Args:
+        config: what to open, and the names of its columns.
+        decode: turns a picture's file into pixels.
+        cache: folder that keeps what was found out about the pictures; None keeps nothing.
+
+    Raises:
+        UserError: the set, its split or a column is not there; a caption is no text.
+    """
+
+    def __init__(self, config: HubSection, decode: Callable[[bytes], Pixels], cache: Path | None) -> None:
+        self.config, self.decode = config, decode
+        self.wording = Wording(config.caption_template, config.caption_prefix, config.caption_suffix)
+        dataset = load(config)
+        self.caption_columns = [config.caption_column] if isinstance(config.caption_column, str) else (
+            config.caption_column
+        )  # fmt: skip
+        needed = [("image_column", config.image_column), *(("caption_column", name) for name in self.caption_columns)]
+        for key, column in needed:
+            if column not in dataset.column_names:
+                raise UserError(
+                    f"{config.path} has no column '{column}' (data.{key}); it has: {', '.join(dataset.column_names)}"
+                )
+        if config.image_column in self.caption_columns:
+            raise UserError(f"data.image_column and data.caption_column are both '{config.image_column}'")
+        import datasets
+
+        try:
+            # Decoding raises inside `datasets` where the picture at fault cannot be named: take bytes, do it here.
+            self.dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's own are kinds of these
+            found = dataset.features[config.image_column]
+            raise UserError(
+                f"{config.path}: column '{config.image_column}' (data.image_column) holds no pictures but {found}"
+            ) from error
+        self._captions = self._worded()
+        state = str(dataset._fingerprint)
+        names = [f"{config.path}, row {i}" for i in range(len(dataset))]
+        kept = None
+        if cache is not None:
+            kept = cache / f"hub-{hashlib.sha256(f'{state} {config.image_column}'.encode()).hexdigest()[:16]}.parquet"
+        self.index = look_at(names, [state] * len(names), self._encoded, kept, f"looking at {config.path}")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {"image": self.decode(self._encoded(index)), "captions": self._captions[index]}
+        except UserError as error:
+            raise UserError(f"{self.index.names[index]}: {error}") from error
+
+    def captions(self) -> Sequence[Sequence[str]]:
+        return self._captions
+
+    def sizes(self) -> NDArray[np.int32]:
+        return self.index.sizes
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for picture, captions in zip(self.index.digests, self._captions, strict=True):
+            digest.update(repr((picture, list(captions))).encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+    def _encoded(self, index: int) -> bytes:
+        """Return a picture's file: from the row itself, or from where the row says, which may be inside an archive."""
+        image = self.dataset[index][self.config.image_column]
+        if image is None:
+            raise UserError(f"there is no picture in column '{self.config.image_column}'")
+        if image["bytes"] is not None:
+            return image["bytes"]
+        import fsspec
+
+        try:
+            with fsspec.open(image["path"], "rb") if "://" in image["path"] else open(image["path"], "rb") as file:
+                return file.read()
+        except (OSError, ValueError) as error:
+            raise UserError(f"the picture cannot be read: {error}") from error
+
+    def _worded(self) -> list[list[str]]:
+        others = [name for name in self.dataset.column_names if name != self.config.image_column]
+        worded = []
+        for i, row in enumerate(self.dataset.select_columns(others)):
+            texts = [text for name in self.caption_columns for text in self._texts(row[name], name, i)]
+            worded.append([text for text in self.wording(row, texts) if text] or [""])
+        return worded
+
+    def _texts(self, value: Any, column: str, index: int) -> list[str]:
+        """Return the captions that one cell holds: a text, several, or none."""
+        texts = list(value) if isinstance(value, list | tuple) else [value]
+        if any(text is not None and not isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{self.config.path}, row {index}: the caption in column '{column}' is {type(texts[0]).__name__}, "
+                "not text (data.caption_column names another column)"
+            )
+        return [text or "" for text in texts] or [""]
+
+
+def load(config: HubSection) -> Any:
+    """Open the set itself with `datasets`.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    import datasets
+
+    folder = Path(config.path).expanduser()
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    if not folder.exists() and looks_local:
+        raise UserError(f"data.path={config.path}: there is no such folder (seen from {Path.cwd()})")
+    if folder.is_file():
+        raise UserError(f"data.path={config.path} is a file; name the folder that holds it")
+    try:
+        path = str(folder.absolute()) if folder.is_dir() else config.path  # "parquet" would be the name of a loader
+        return datasets.load_dataset(path, name=config.subset, split=config.split, revision=config.revision)
+    except Exception as error:  # `datasets` raises a dozen kinds for one cause: the set cannot be had
+        raise unreachable(config, error) from error
+
+
+def unreachable(config: HubSection, error: Exception) -> UserError:
+    """Say that a set cannot be opened, and what to do about it."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    where = f"data.path={config.path} (data.split={config.split}" + (
+        f", subset={config.subset})" if config.subset else ")"
+    )
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        hint = "check data.split, data.subset and the files in that folder"
+        if glob.has_magic(str(folder)):
+            hint += "; `datasets` takes its name for a pattern, so rename it"
+    else:
+        hint = (
+            "a hub set can vanish or need a login: name a mirror with data.path=<other/id>, "
+            "or a local folder with data=folder data.path=./folder"
+        )
+    return UserError(f"{where} cannot be opened: {reason}; {hint}")
+
+
+def picture_folder(config: HubSection) -> Path | None:
+    """Return the folder of a set that is pictures on disk (the split's own, where it has one); None for any other set.
+
+    Such a folder is read by `FolderSource`: `datasets` would take splits from file names.
+
+    Raises:
+        UserError: it has folders for other splits only.
+    """
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir() or _declares_files(folder / "README.md"):
+        return None
+    if any(path.name != "metadata.parquet" for path in folder.glob("**/*.parquet")):
+        return None
+    splits = [name for name in SPLIT_FOLDERS if (folder / name).is_dir()]
+    if splits and not (folder / config.split).is_dir():
+        raise UserError(f"{folder} has no split '{config.split}' (data.split); it has: {', '.join(splits)}")
+    pictures = folder / config.split if splits else folder
+    return pictures if any(path.suffix.lower() in IMAGE_SUFFIXES for path in pictures.rglob("*")) else None
+
+
+def _declares_files(card: Path) -> bool:
+    """Tell whether a dataset card says which files make which split."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return re.match(r"---\s*\n(.*\n)*?(configs|data_files):", text) is not None

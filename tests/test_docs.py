@@ -1,0 +1,68 @@
+"""Every command of the pages that take a reader through something, typed as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from peers import write_hub
+from runs import ROOT, SMALL, TINY, run_script
+from sets import parquet_folder, picture_folder, png, shard_folder, texts
+
+NUM = 14
+OWN = [item for item in TINY if not item.startswith(("experiment=", "data.num_train", "data.num_val"))]
+# Steps are what a test has no time for; all else is run as it is written.
+FEW = ["autoencoder.max_steps=1", "clip.max_steps=1", "trainer.max_steps=1", "data.num_val=2", "resume=never"]
+
+
+def blocks(page: str) -> list[list[str]]:
+    """Return the commands of each code block of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    fenced = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [found for block in fenced if (found := re.findall(r"^python .*", block, re.MULTILINE))]
+
+
+def images(num: int) -> list[bytes]:
+    rng = np.random.default_rng(0)
+    return [png(tuple(rng.integers(0, 256, 3).tolist()), (20 + i % 3 * 8, 20)) for i in range(num)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The folders and hub ids that the pages name."""
+    root = tmp_path_factory.mktemp("world")
+    picture_folder(root / "pictures", [f"{i:02d}.png" for i in range(NUM)])
+    artists = [f"artist {i % 3}" for i in range(NUM)]
+    for name in ("parquet", "openmoji-128", "reach-vb/pokemon-blip-captions", "lambdalabs/naruto-blip-captions"):
+        parquet_folder(root / name, images=images(NUM), artist=artists)  # found here before it is sought on the hub
+    shard_folder(root / "shards", images(NUM), texts(NUM), size=5)
+    for hub_id, folder in write_hub(root / "models").items():
+        (root / hub_id).parent.mkdir(parents=True, exist_ok=True)
+        (root / hub_id).symlink_to(folder)
+    (root / "sd-vae").symlink_to(root / "models" / "vae")
+    (root / "clip").symlink_to(root / "models" / "clip")
+    Image.new("RGB", (4, 4)).save(root / "a.png")
+    return root
+
+
+@pytest.mark.parametrize("commands", blocks("data.md"), ids=lambda commands: commands[0][7:60])
+def test_the_commands_of_the_page_on_data(commands, world, tmp_path, monkeypatch, capfd):
+    for path in world.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        _, script, *arguments = shlex.split(re.sub(r"\s{2,}#.*", "", command))
+        if script == "train.py":
+            pretrained = "experiment=pokemon" in arguments
+            arguments += [*(SMALL if pretrained else OWN), *FEW]
+        else:
+            arguments += ["steps=1"]
+        code = run_script(script.removesuffix(".py"), *arguments)
+        assert code == 0 or (code == 1 and "doctor=true" in arguments), capfd.readouterr().err
+
+
+def test_the_page_on_data_has_commands():
+    assert sum(map(len, blocks("data.md"))) >= 15
