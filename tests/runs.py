@@ -37,6 +37,11 @@ TINY = (
     "trainer.checkpoint_every=2", "callbacks.samples.every=100", "callbacks.samples.num_images=2", "sampling.steps=2",
 )  # fmt: skip
 
+# The same over pictures of one's own, which the test names.
+TINY_OWN = (
+    *(item for item in TINY if not item.startswith(("experiment=", "data.num_train"))),
+    "vae=tiny", "text_encoder=tiny", "unet=tiny", "data.num_val=4",
+)  # fmt: skip
 # The same over pretrained encoders, of which only the U-Net is trained.
 SMALL = [
     "data.resolution=16", "data.num_val=2", "data.batch_size=4", "data.num_workers=0", "unet=tiny",

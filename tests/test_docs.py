@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 
 from peers import write_hub
-from runs import ROOT, SMALL, TINY, run_script
+from runs import ROOT, SMALL, TINY_OWN, run_script
 from sets import parquet_folder, picture_folder, png, shard_folder, texts
 
 NUM = 14
-OWN = [item for item in TINY if not item.startswith(("experiment=", "data.num_train", "data.num_val"))]
 # Steps are what a test has no time for; all else is run as it is written.
 FEW = ["autoencoder.max_steps=1", "clip.max_steps=1", "trainer.max_steps=1", "data.num_val=2", "resume=never"]
 
@@ -57,7 +56,7 @@ def test_the_commands_of_the_page_on_data(commands, world, tmp_path, monkeypatch
         _, script, *arguments = shlex.split(re.sub(r"\s{2,}#.*", "", command))
         if script == "train.py":
             pretrained = "experiment=pokemon" in arguments
-            arguments += [*(SMALL if pretrained else OWN), *FEW]
+            arguments += [*(SMALL if pretrained else TINY_OWN), *FEW]
         else:
             arguments += ["steps=1"]
         code = run_script(script.removesuffix(".py"), *arguments)

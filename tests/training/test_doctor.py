@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from ldm.training import doctor
-from runs import TINY, run_script
+from runs import TINY, TINY_OWN, run_script
 
-TINY_OWN = [item for item in TINY if not item.startswith(("experiment=", "data.num_train", "data.num_val"))]
-OWN = ["data=folder", "vae=tiny", "text_encoder=tiny", "unet=tiny", "data.num_val=4", *TINY_OWN]
+OWN = ("data=folder", *TINY_OWN)
 
 
 def picture(seed: int, size=(24, 24), suffix="PNG") -> bytes:

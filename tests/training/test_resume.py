@@ -13,6 +13,7 @@ from ldm.training import fit, stages
 from ldm.weights.folder import load_weights
 from probes import Record, Stopped
 from runs import tiny_config
+from training_checks import assert_equal
 
 # Long enough to log (at step 50), to validate and to write checkpoints before and after the crash at step 47.
 LONG = [
@@ -41,22 +42,6 @@ def rows(config: TrainConfig, stage: str) -> dict[tuple[str, str], str]:
 
 def checkpoint(config: TrainConfig, stage: Any) -> dict[str, Any]:
     return torch.load(fit.checkpoint_path(config, stage), weights_only=True)
-
-
-def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 @pytest.fixture(scope="module")

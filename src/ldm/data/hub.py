@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from ldm.config import HubSection
 from ldm.data.captions import Wording
+from ldm.data.folder import PICTURES
 from ldm.data.images import Pixels
 from ldm.data.index import look_at
 from ldm.errors import UserError
 
 SPLIT_FOLDERS = ("train", "validation", "val", "test")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class HubSource:
@@ -177,7 +177,7 @@ def picture_folder(config: HubSection) -> Path | None:
     if splits and not (folder / config.split).is_dir():
         raise UserError(f"{folder} has no split '{config.split}' (data.split); it has: {', '.join(splits)}")
     pictures = folder / config.split if splits else folder
-    return pictures if any(path.suffix.lower() in IMAGE_SUFFIXES for path in pictures.rglob("*")) else None
+    return pictures if any(path.suffix.lower() in PICTURES for path in pictures.rglob("*")) else None
 
 
 def _declares_files(card: Path) -> bool:
