@@ -1,5 +1,6 @@
 """JSON, and writing that leaves a whole file or none. Nothing here imports torch."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -66,6 +67,19 @@ def check_writable(folder: Path, told: str) -> None:
         raise UserError(f"{told} cannot be written: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{told} cannot be written: no permission to write into {there}")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, for as long as this process lives at most; others wait.
+
+    Raises:
+        OSError: the file cannot be made, or its disk knows no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
+        yield
 
 
 @contextmanager

@@ -263,3 +263,20 @@ def test_pictures_are_looked_at_by_several_threads():
     index = look([str(i) for i in range(2 * CHUNK)], read)
     assert index.faults == [""] * 2 * CHUNK
     assert len(seen) > 1 and os.getpid() not in seen
+
+
+def test_of_several_processes_one_looks_and_the_others_read_what_it_found(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from ldm.data import images, index\n"
+        "def examine(encoded):\n"
+        "    with open(sys.argv[2], 'a') as file: file.write('x')\n"
+        "    time.sleep(0.02); return images.Examined(8, 8, 1)\n"
+        "index.images = type('', (), {'examine': staticmethod(examine)})\n"
+        "names = [str(i) for i in range(50)]\n"
+        "found = index.look_at(names, names, lambda i: b'x', Path(sys.argv[1]), 'looking')\n"
+        "print(found.sizes.sum())\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "a.parquet"), str(tmp_path / "looks")]
+    runs = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [run.communicate(timeout=60)[0].strip() for run in runs] == ["800"] * 3
+    assert (tmp_path / "looks").read_text() == "x" * 50

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ldm.data import images
 from ldm.errors import UserError
-from ldm.files import file_written_atomically
+from ldm.files import file_written_atomically, locked
 from ldm.progress import progress
 
 KIND = {b"ldm": b"index of pictures, 1"}
@@ -78,6 +78,18 @@ def look_at(
     Raises:
         UserError: the index cannot be written.
     """
+    if kept is None:
+        return _looked_at(names, stamps, read, kept, label)
+    try:
+        with locked(kept.with_suffix(".lock")):  # of several processes one looks, and the others read what it found
+            return _looked_at(names, stamps, read, kept, label)
+    except OSError as error:
+        raise UserError(f"what was found out about the pictures cannot be kept in {kept}: {error}") from error
+
+
+def _looked_at(
+    names: Sequence[str], stamps: Sequence[str], read: Callable[[int], bytes], kept: Path | None, label: str
+) -> Index:
     index, known = _recalled(names, stamps, kept)
     todo = np.flatnonzero(~known)
     if not len(todo):

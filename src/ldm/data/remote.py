@@ -10,15 +10,16 @@ import socket
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
 from fsspec.core import url_to_fs
 
 from ldm.errors import UserError
+from ldm.files import locked
 from ldm.progress import progress
 
 T = TypeVar("T")
@@ -185,7 +186,7 @@ class Copies:
         """
         parent = cls(parent or Path(tempfile.gettempdir())).folder
         prefix = f"ldm-copies-{os.getuid()}-{socket.gethostname()}-"
-        with _locked(parent / f".{prefix}lock"):
+        with locked(parent / f".{prefix}lock"):
             for old in parent.iterdir():
                 if old.name.startswith(prefix) and not _is_owned(old):
                     shutil.rmtree(old, ignore_errors=True)
@@ -205,7 +206,7 @@ class Copies:
         """
         digest = digest_of(told, state)
         path = self.folder / f"{digest}.copy"
-        with _locked(self.folder / f"{digest[:2]}.lock"):
+        with locked(self.folder / f"{digest[:2]}.lock"):
             try:
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now, and not changed
             except FileNotFoundError:
@@ -235,13 +236,6 @@ class Copies:
 def digest_of(*texts: str) -> str:
     """Return a name for texts that may hold anything."""
     return hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
-        yield
 
 
 def _is_owned(folder: Path) -> bool:
