@@ -3,6 +3,7 @@
     python convert.py src=outputs/shapes dst=shapes.safetensors
     python convert.py src=v1-5-pruned-emaonly.safetensors dst=sd15 dtype=fp16
     python convert.py src=stabilityai/sd-vae-ft-mse dst=vae.safetensors
+    python convert.py src=outputs/shapes dst=shapes-008 ema=0.08      another average of its weights (docs/presets.md)
 
 A VAE or a U-Net by itself is converted as well. Parts may be mixed: vae=… text_encoder=… unet=… tokenizer=…
 """

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -11,7 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ldm.config import TrainConfig, check
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,6 +29,43 @@ def load_preset(name: str, sample_size: int, context_dim: int) -> dict[str, Any]
 
     options = yaml.safe_load((ROOT / "conf" / "unet" / f"{name}.yaml").read_text(encoding="utf-8"))
     return {"sample_size": sample_size, "cross_attention_dim": context_dim, **options}
+
+
+def load_config(*overrides: str) -> TrainConfig:
+    """Return the checked config that `train.py` has for these overrides."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+    return check(TrainConfig, values)
+
+
+class Clocks:
+    """Seconds on the wall, and seconds of processors that this process and its children take, from now on."""
+
+    def __init__(self) -> None:
+        self.begun = self._now()
+
+    def read(self) -> tuple[float, float]:
+        wall, processor = (now - then for now, then in zip(self._now(), self.begun, strict=True))
+        return wall, processor
+
+    def _now(self) -> tuple[float, float]:
+        children = (child.cpu_times() for child in psutil.Process().children(recursive=True))
+        return time.perf_counter(), time.process_time() + sum(each.user + each.system for each in children)
+
+
+def memory_held() -> tuple[int, int]:
+    """Return bytes of this process and its children: resident, and taken.
+
+    Resident is what each has mapped, so that what they share counts several times and what one of them copies for
+    itself not at all. Taken is what they have together that lies in no file.
+    """
+    process = psutil.Process()
+    resident = taken = 0
+    for each in (process, *process.children(recursive=True)):
+        fields = dict(re.findall(r"(\w+):\s+(\d+) kB", Path(f"/proc/{each.pid}/smaps_rollup").read_text()))
+        resident += 1024 * int(fields["Rss"])
+        taken += 1024 * (int(fields["Pss_Anon"]) + int(fields["Pss_Shmem"]))
+    return resident, taken
 
 
 def run_alternately(
@@ -63,13 +106,15 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        **{name: version(name) for name in ("diffusers", "torchvision", "pillow")},
+        **{name: version(name) for name in ("diffusers", "torchvision", "pytorch-lightning", "pillow")},
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+def write(path: Path, results: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+    """Write results, with the machine and what else is to be known of the run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "results": list(results)}, indent=2) + "\n", encoding="utf-8")
+    content = {"machine": {**machine(), **facts}, "results": list(results)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"written: {path}")

@@ -39,9 +39,9 @@ def shards_data(path: Path | str, **options: Any) -> ShardsData:
     return ShardsData(**{**values, **options})
 
 
-def png(color: tuple[int, int, int] = (1, 2, 3), size: tuple[int, int] = (8, 8)) -> bytes:
+def png(color: tuple[int, int, int] = (1, 2, 3), size: tuple[int, int] = (8, 8), suffix: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
+    Image.new("RGB", size, color).save(file, suffix)
     return file.getvalue()
 
 

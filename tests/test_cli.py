@@ -146,6 +146,8 @@ def test_paths_of_the_sources_in_a_mix_are_free_text_too():
 def test_several_columns_are_a_list():
     overrides = ["data=hub", quote_free_text("data.caption_column=[long,short]")]
     assert compose_values("train", overrides)["data"]["caption_column"] == ["long", "short"]
+    overrides = ["data=shards", quote_free_text("data.path=[a.tar,b.tar]")]
+    assert compose_values("train", overrides)["data"]["path"] == ["a.tar", "b.tar"]
 
 
 # --------------------------------------------------------------------------------------------------- nearest, --help

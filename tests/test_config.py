@@ -98,7 +98,7 @@ def test_an_unknown_key_is_named_with_the_nearest_real_one(composed, key, neares
         ("data.cache_dtype", "int8", "'int8'"),
         ("data.background", [0, 0, 256], "256"),
         ("data.background", [0, 0], "data.background"),
-        ("data.variants", 0, "data.variants"),
+        ("data.variants", 1, "data.variants"),
         ("vae.in_channels", 2, "vae.in_channels"),
         ("data.objects", 3, "data.objects"),
         ("data.num_val", 0, "data.num_val"),
@@ -208,13 +208,19 @@ def test_text_and_unet_of_other_widths(composed):
     assert check(TrainConfig, changed(composed, "unet.cross_attention_dim", 16))
 
 
-@pytest.mark.parametrize(("stage", "group"), [("autoencoder", "vae"), ("clip", "text_encoder")])
-def test_a_stage_whose_result_is_loaded(composed, stage, group):
-    message = complaint(TrainConfig, changed(composed, f"{group}.pretrained", "some/where"))
-    assert f"'{stage}'" in message and f"{group}.pretrained=some/where" in message
-    values = changed(composed, f"{group}.pretrained", "some/where")
-    values["stages"].remove(stage)
+def test_a_stage_whose_result_is_loaded(composed):
+    message = complaint(TrainConfig, changed(composed, "text_encoder.pretrained", "some/where"))
+    assert "'clip'" in message and "text_encoder.pretrained=some/where" in message
+    values = changed(composed, "text_encoder.pretrained", "some/where")
+    values["stages"].remove("clip")
     check(TrainConfig, values)
+
+
+def test_a_pretrained_vae_is_taken_as_it_is_or_gone_on_from(composed):
+    values = changed(composed, "vae.pretrained", "some/where")
+    assert check(TrainConfig, values).frozen_vae is None
+    values["stages"].remove("autoencoder")
+    assert check(TrainConfig, values).frozen_vae == "some/where"
 
 
 @pytest.mark.parametrize(("prompt", "file"), [(None, None), ("a", "b")])
@@ -294,6 +300,9 @@ def test_every_script_has_a_schema_and_a_yaml_that_fits():
         check(SCHEMAS[name], compose_values(name, extra))
 
 
+HUB_IN_A_MIX = ["data=mix", "+source@data.sources.a=hub", "data.sources.a.path=x"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -303,8 +312,8 @@ def test_every_script_has_a_schema_and_a_yaml_that_fits():
         (["data=mix"], "+source@data.sources.<name>=folder"),
         (["data=mix", "+source@data.sources.a=folder"], "config key 'data.sources.a.path' is missing"),
         (["data=mix", "+data.sources.a={kind: shapes}"], "must be one of hub, folder, shards, custom"),
-        (["data=mix", "+source@data.sources.a=hub", "data.sources.a.path=x", "data.sources.a.streaming=true"], "False"),
-        (["data=mix", "+source@data.sources.a=hub", "data.sources.a.path=x", "+data.sources.a.weight=0"], "weight"),
+        ([*HUB_IN_A_MIX, "data.sources.a.streaming=true"], "cannot stream"),
+        ([*HUB_IN_A_MIX, "+data.sources.a.weight=0"], "weight"),
     ],
 )
 def test_sources_that_cannot_be_are_refused(overrides, says):
@@ -318,3 +327,14 @@ def test_a_mix_is_composed_of_sources():
     assert [(part.kind, part.path, part.weight) for part in data.sources.values()] == [
         ("folder", "x", 2), ("shards", ["a.tar", "b.tar"], 1),
     ]  # fmt: skip
+
+
+def test_a_run_from_before_a_key_was_there_is_read(composed, tmp_path):
+    config = check(TrainConfig, composed)
+    values = config.model_dump(by_alias=True, mode="json")
+    younger = {"data": "buckets", "diffusion": "weighting", "autoencoder": "l1", "trainer": "max_skipped"}
+    for section, key in younger.items():
+        del values[section][key]
+    del values["doctor"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_run_config(tmp_path) == config

@@ -30,11 +30,24 @@ NEEDS = {case: ["data.path=some/set"] for case in ("data=hub", "data=folder", "d
     "data=mix": ["+source@data.sources.a=folder", "data.sources.a.path=some/set"]
 }
 # A VAE or text encoder that is loaded is not trained.
+NEEDS |= {"optim=schedule_free": ["diffusion.ema_decay=0"]}  # it averages by itself
 NEEDS |= {"vae=sd": ["stages=[clip,diffusion]"], "text_encoder=clip_l": ["stages=[autoencoder,diffusion]"]}
 EXPERIMENTS = options("experiment")
 CASES = [
     f"{group}={option}"
-    for group in ("data", "vae", "text_encoder", "unet", "diffusion", "optim", "trainer", "logger", "callbacks")
+    for group in (
+        "data",
+        "vae",
+        "text_encoder",
+        "unet",
+        "diffusion",
+        "optim",
+        "trainer",
+        "logger",
+        "callbacks",
+        "perceptual",
+        "discriminator",
+    )
     for option in options(group)
 ]
 
@@ -152,7 +165,8 @@ def test_trainers_loggers_and_callbacks_are_built(trainer, logger, tmp_path):
 
 def test_every_file_stands_in_a_group_that_train_knows():
     groups = {folder.name for folder in cli.CONF_DIR.iterdir() if folder.is_dir()}
-    assert groups == {case.split("=")[0] for case in CASES} | {"experiment", "debug", "source"}
+    others = {"experiment", "debug", "source", "perceptual", "discriminator"}
+    assert groups == {case.split("=")[0] for case in CASES} | others
 
 
 # --------------------------------------------------------------------------------- pretrained parts, in true format

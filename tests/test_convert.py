@@ -223,7 +223,7 @@ def test_what_needs_no_torch_does_without(words, tmp_path):
 
 def test_the_help_lists_every_key_and_relative_paths_work(model, tmp_path):
     done = type_it("--help", cwd=tmp_path)
-    for key in ("src", "dst", "format", "dtype", "vae", "text_encoder", "unet", "tokenizer", "overwrite"):
+    for key in ("src", "dst", "format", "dtype", "vae", "text_encoder", "unet", "tokenizer", "ema", "overwrite"):
         assert f"\n  {key}: " in done.stdout
     shutil.copytree(model / "model", tmp_path / "model")
     done = type_it("src=model", "dst=out/of/here.safetensors", cwd=tmp_path)

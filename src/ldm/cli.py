@@ -17,10 +17,10 @@ from ldm.errors import UserError
 CONF_DIR = Path(__file__).parents[2] / "conf"
 FREE_TEXT_KEYS = (
     "prompt", "negative_prompt", "prompt_file", "ckpt", "out", "name", "output_dir", "run_dir",
-    "from_image", "init_image", "mask", "outpaint", "src", "dst",
+    "clip", "inception", "from_image", "init_image", "mask", "outpaint", "src", "dst",
     "data.path", "data.image_column", "data.caption_column", "data.caption_key",
     "data.caption_template", "data.caption_prefix", "data.caption_suffix",
-    "vae.pretrained", "text_encoder.pretrained", "unet.pretrained",
+    "autoencoder.perceptual.weights", "vae.pretrained", "text_encoder.pretrained", "unet.pretrained",
 )  # fmt: skip
 # Where these are no config groups, as they are in train.py, they are paths.
 PART_KEYS = ("vae", "text_encoder", "unet", "tokenizer")
@@ -41,8 +41,8 @@ def quote_free_text(argument: str, keys: Iterable[str] = FREE_TEXT_KEYS) -> str:
     # data.sources.<name>.path is to data=mix what data.path is to one source
     if not equals or not text or re.sub(r"^data\.sources\.[^.]+\.", "data.", key.lstrip("+")) not in keys:
         return argument
-    if key.endswith(".caption_column") and text.startswith("["):
-        return argument  # several columns
+    if key.endswith((".caption_column", ".path")) and text.startswith("[") and text.endswith("]"):
+        return argument  # several columns or shards
     # OmegaConf reads `${` as an interpolation unless an odd number of backslashes stands before it.
     if re.fullmatch(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", text, re.DOTALL):
         return f"{key}=" + re.sub(r"(?<!\\)((?:\\\\)*)\$\{", r"\1\\${", text)

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic import NonNegativeFloat as Fraction0
 from pydantic import NonNegativeInt as Count0
 
-from ldm.cli import nearest
+from ldm.cli import CONF_DIR, nearest
 from ldm.errors import UserError
 from ldm.files import WEIGHT_SUFFIXES
 
@@ -97,6 +97,12 @@ class CustomSection(Section):
     source: Target
 
 
+def _not_streamed(value: bool) -> bool:
+    if value:
+        raise ValueError("a mix must know its pictures beforehand, it cannot stream: leave streaming=false")
+    return value
+
+
 class Weighted(Section):
     """One of several sources; `weight` is its share of the training samples, relative to the others'."""
 
@@ -104,7 +110,7 @@ class Weighted(Section):
 
 
 class HubPart(HubSection, Weighted):
-    streaming: Literal[False]
+    _no_stream = field_validator("streaming")(_not_streamed)
 
 
 class FolderPart(FolderSection, Weighted):
@@ -112,7 +118,7 @@ class FolderPart(FolderSection, Weighted):
 
 
 class ShardsPart(ShardsSection, Weighted):
-    streaming: Literal[False]
+    _no_stream = field_validator("streaming")(_not_streamed)
 
 
 class CustomPart(CustomSection, Weighted):
@@ -136,7 +142,7 @@ class DataBase(Section):
     buckets: bool
     crop: Literal["centre", "random"]
     flip: bool
-    variants: PositiveInt
+    variants: Annotated[int, Field(ge=2)]
     background: tuple[Channel, Channel, Channel]
 
     @model_validator(mode="after")
@@ -220,6 +226,8 @@ Widths = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
 class VAE(Section):
+    """`pretrained` is taken as it is; with `autoencoder` in stages it is what that stage goes on from."""
+
     pretrained: str | None = None
     in_channels: Literal[1, 3, 4] | None = None
     block_out_channels: Widths | None = None
@@ -267,6 +275,19 @@ class UNet(Section):
     norm_num_groups: PositiveInt | None = None
     upcast_attention: bool | None = None
     dropout: Probability | None = None
+    train: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    gradient_checkpointing: bool | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return those of the network, without how it is trained."""
+        of_training = ("train", "gradient_checkpointing")
+        return {key: value for key, value in super().options().items() if key not in of_training}
+
+    @model_validator(mode="after")
+    def _rest_is_trained(self) -> Self:
+        if self.train and not self.pretrained:
+            raise ValueError(f"train={self.train} would leave the rest at random: it needs unet.pretrained=…")
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -277,18 +298,65 @@ class Optim(Section):
     lr: PositiveFloat
     weight_decay: Fraction0
     arguments: dict[str, Any]
-    schedule: Literal["constant", "linear", "cosine"]
+    schedule: Literal["constant", "linear", "cosine", "wsd"]
     warmup_steps: Count0
+    decay_share: Annotated[float, Field(gt=0, le=1)]
     clip_norm: PositiveFloat | None
+
+    @property
+    def averages(self) -> bool:
+        """Whether the optimizer keeps an average of the weights by itself."""
+        return self.target.startswith("schedulefree.")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.averages and self.target != "schedulefree.AdamWScheduleFree":
+            raise ValueError(f"of schedulefree we know AdamWScheduleFree (optim=schedule_free), not {self.target}")
+        if self.averages and self.schedule != "constant":
+            raise ValueError(f"schedule={self.schedule}: a schedule-free optimizer does without, leave it constant")
+        return self
+
+
+class PerceptualLoss(Section):
+    """LPIPS; `weights` is a file with the backbone's weights, None takes torch hub's cache."""
+
+    weight: PositiveFloat
+    net: Literal["vgg", "alex", "squeeze"]
+    weights: str | None
+
+
+class AdversarialLoss(Section):
+    """A patch discriminator that sees reconstructions from the VAE's optimizer step `start` on."""
+
+    weight: PositiveFloat
+    start: Count0
+    channels: PositiveInt
+    num_layers: PositiveInt
+    lr: PositiveFloat
+    adaptive: bool
 
 
 class AutoencoderStage(Section):
+    """With `vae.pretrained` the stage goes on from those weights; `train` says with all of them or the decoder's."""
+
     max_steps: PositiveInt
     batch_size: PositiveInt
     precision: Precision | None
+    train: Literal["all", "decoder"]
+    l1: Fraction0
+    l2: Fraction0
     kl_weight: Fraction0
+    learned_logvar: bool
+    perceptual: PerceptualLoss | None = None
+    discriminator: AdversarialLoss | None = None
     ema_decay: Decay
     optim: Optim
+
+    @model_validator(mode="after")
+    def _has_an_error(self) -> Self:
+        if not (self.l1 or self.l2):
+            raise ValueError("l1=0 with l2=0 leaves no error of pixels: give one of them a weight")
+        return self
 
 
 class ClipStage(Section):
@@ -297,19 +365,68 @@ class ClipStage(Section):
     optim: Optim
 
 
+class PosthocEMA(Section):
+    """Averages of some lengths, kept every so many steps, to put others together from after training."""
+
+    lengths: Annotated[list[Annotated[float, Field(gt=0, le=0.288)]], Field(min_length=1)]
+    every: PositiveInt
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths={self.lengths} names a length twice")
+        return self
+
+
 class Diffusion(Section):
-    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    prediction_type: PredictionType
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
     beta_start: PositiveFloat
     beta_end: Annotated[float, Field(gt=0, lt=1)]
     num_train_timesteps: Annotated[int, Field(ge=2)]
+    zero_terminal_snr: bool
+    weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2", "debiased"]
+    snr_gamma: PositiveFloat
+    p2_gamma: Fraction0
+    p2_k: PositiveFloat
+    loss: Literal["l2", "huber"]
+    huber_c: PositiveFloat
+    offset_noise: Fraction0
+    input_perturbation: Fraction0
+    timesteps: Literal["uniform", "logit_normal"]
+    timesteps_mean: float
+    timesteps_std: PositiveFloat
+    stratified: bool
     caption_dropout: Probability
     ema_decay: Decay
+    posthoc_ema: PosthocEMA | None
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start={self.beta_start} is above beta_end={self.beta_end}")
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.prediction_type == "epsilon" and self.zero_terminal_snr:
+            raise ValueError(
+                "zero_terminal_snr=true ends in pure noise, which says nothing of the picture that prediction_type="
+                "epsilon would find behind it: take diffusion=v or x0, or zero_terminal_snr=false"
+            )
+        if self.prediction_type != "flow_prediction":
+            return self
+        if self.zero_terminal_snr:
+            raise ValueError(
+                "zero_terminal_snr=true rescales betas, and a flow has none: it ends in pure noise by itself; leave it "
+                "out"
+            )
+        if self.weighting != "uniform":
+            raise ValueError(
+                f"weighting={self.weighting} is made for noise schedules with betas; a flow weighs its times by how "
+                "often it draws them (timesteps=logit_normal, timesteps_mean, timesteps_std): take weighting=uniform, "
+                "or diffusion=v"
+            )
         return self
 
 
@@ -324,6 +441,7 @@ class Trainer(Section):
     val_every: PositiveInt
     val_batches: PositiveInt
     checkpoint_every: PositiveInt
+    max_skipped: Count0
     overfit_batches: Count0
 
     @model_validator(mode="after")
@@ -375,12 +493,11 @@ class TrainConfig(Section):
                 f"sampling.steps={self.sampling.steps} is more than "
                 f"diffusion.num_train_timesteps={self.diffusion.num_train_timesteps}"
             )
-        for stage, part in (("autoencoder", self.vae), ("clip", self.text_encoder)):
-            if stage in self.stages and part.pretrained:
-                raise ValueError(
-                    f"stage '{stage}' would train what {'vae' if stage == 'autoencoder' else 'text_encoder'}"
-                    f".pretrained={part.pretrained} loads: take one of the two out"
-                )
+        if "clip" in self.stages and self.text_encoder.pretrained:
+            raise ValueError(
+                f"stage 'clip' would train what text_encoder.pretrained={self.text_encoder.pretrained} loads: take one "
+                "of the two out"
+            )
         blocks = {"optim": self.optim, "autoencoder.optim": self.autoencoder.optim, "clip.optim": self.clip.optim}
         for name, optim in blocks.items():
             precision = self.autoencoder.precision if name == "autoencoder.optim" else None
@@ -389,9 +506,64 @@ class TrainConfig(Section):
                     f"fp16 scales gradients, which a fused optimizer undoes inside its step, after they were clipped: "
                     f"set {name}.arguments.fused=false, or use bf16-mixed"
                 )
+        for name in ("autoencoder.optim", "clip.optim"):
+            if blocks[name].averages:
+                raise ValueError(f"{name}._target_={blocks[name].target} is for the U-Net alone: take adamw")
+        if self.optim.averages and (self.diffusion.ema_decay or self.diffusion.posthoc_ema):
+            raise ValueError(
+                "a schedule-free optimizer averages the weights by itself: set diffusion.ema_decay=0 and "
+                "diffusion.posthoc_ema=null, or take optim=adamw"
+            )
+        if "autoencoder" in self.stages:
+            self._check_autoencoder()
         self._check_size()
         self._check_width()
+        self._check_inpainting()
         return self
+
+    def _check_inpainting(self) -> None:
+        seen, channels = self.unet.in_channels, self.vae.latent_channels or 4
+        if seen == 2 * channels + 1 and self.data.cache and "diffusion" in self.stages:
+            raise ValueError(
+                f"unet.in_channels={seen} is a U-Net for inpainting: it learns from masked pictures, and the cache "
+                "keeps none; take data.cache=false"
+            )
+
+    @property
+    def frozen_vae(self) -> str | None:
+        """The pretrained VAE that is taken as it is; None where the VAE is the result of its stage."""
+        return None if "autoencoder" in self.stages else self.vae.pretrained
+
+    def _check_autoencoder(self) -> None:
+        stage, resolution = self.autoencoder, self.data.resolution
+        if stage.train == "decoder" and not self.vae.pretrained:
+            raise ValueError(
+                "autoencoder.train=decoder leaves the encoder as it is, and there is none yet: name one by "
+                "+vae.pretrained=<folder or hub id>, or set autoencoder.train=all"
+            )
+        if stage.discriminator:
+            if (stage.precision or self.trainer.precision) == "16-mixed":
+                raise ValueError(
+                    "the gradients that autoencoder.discriminator compares are too small for fp16: set "
+                    "autoencoder.precision=bf16-mixed or 32-true"
+                )
+            if resolution // 2**stage.discriminator.num_layers < 3:
+                raise ValueError(
+                    f"autoencoder.discriminator.num_layers={stage.discriminator.num_layers} leaves nothing of "
+                    f"data.resolution={resolution}: take fewer layers"
+                )
+        if stage.perceptual:
+            least = {"vgg": 16, "alex": 31, "squeeze": 17}[stage.perceptual.net]
+            if resolution < least:
+                raise ValueError(
+                    f"autoencoder.perceptual.net={stage.perceptual.net} needs pictures of at least {least} px, and "
+                    f"data.resolution={resolution}: take another net, or autoencoder.perceptual=null"
+                )
+            if self.vae.in_channels == 4:
+                raise ValueError(
+                    "autoencoder.perceptual compares RGB, and vae.in_channels=4 has alpha: set "
+                    "autoencoder.perceptual=null"
+                )
 
     def _check_size(self) -> None:
         if self.vae.block_out_channels is None or self.unet.block_out_channels is None:
@@ -484,18 +656,48 @@ class SampleConfig(MixedModel):
         return self
 
 
+Metric = Literal[
+    "prompt_accuracy", "fid", "kid", "clip_score", "clip_frechet", "cmmd", "memorization", "retrieval", "reconstruction"
+]
+DRAWING: tuple[Metric, ...] = get_args(Metric)[:7]  # those that look at pictures drawn for the purpose
+
+
 class EvaluateConfig(Section):
     ckpt: str = Field(min_length=1)
-    metrics: Annotated[list[Literal["prompt_accuracy"]], Field(min_length=1)]
+    metrics: Annotated[list[Metric], Field(min_length=1)]
     num_prompts: PositiveInt
+    num_train: PositiveInt | None
+    real: Literal["val", "train"]
     seed: Seed
-    steps: PositiveInt | None
+    steps: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] | None
     sampler: Sampler | None
-    guidance_scale: Fraction0 | None
+    guidance_scale: Fraction0 | Annotated[list[Fraction0], Field(min_length=1)] | None
     batch_size: PositiveInt
+    clip: Annotated[str, Field(min_length=1)] | None
+    inception: Annotated[str, Field(min_length=1)] | None
     out: str | None
     device: str
     dtype: Literal["fp32", "bf16", "fp16"]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in ("metrics", "steps", "guidance_scale"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(set(value)) < len(value):
+                raise ValueError(f"{name}={value} names something twice")
+        drawing = [metric for metric in self.metrics if metric in DRAWING]
+        swept = [name for name in ("steps", "guidance_scale") if isinstance(getattr(self, name), list)]
+        if swept and not drawing:
+            raise ValueError(
+                f"{swept[0]}=[…] compares how pictures are drawn, and {' and '.join(self.metrics)} draw none: "
+                f"add one of {', '.join(DRAWING)}"
+            )
+        if self.inception is not None and not {"fid", "kid", "reconstruction"} & set(self.metrics):
+            raise ValueError("inception= is what fid, kid and reconstruction look with; metrics= names none of them")
+        compared = [metric for metric in ("fid", "kid", "clip_frechet", "cmmd") if metric in self.metrics]
+        if compared and self.num_prompts < 2:
+            raise ValueError(f"num_prompts={self.num_prompts}: {compared[0]} compares how pictures vary, it needs two")
+        return self
 
 
 class ConvertConfig(MixedModel):
@@ -503,7 +705,14 @@ class ConvertConfig(MixedModel):
     dst: str = Field(min_length=1)
     format: Literal["diffusers", "single_file"] | None
     dtype: Literal["fp32", "bf16", "fp16"] | None
+    ema: Annotated[float, Field(gt=0, le=0.288)] | None
     overwrite: bool
+
+    @model_validator(mode="after")
+    def _one_unet(self) -> Self:
+        if self.ema is not None and self.unet is not None:
+            raise ValueError(f"ema={self.ema:g} makes a U-Net, and unet={self.unet} brings another: leave one out")
+        return self
 
     @model_validator(mode="after")
     def _one_format(self) -> Self:
@@ -546,6 +755,8 @@ def check(schema: type[S], config: Mapping[str, Any]) -> S:
 def load_run_config(run_dir: Path) -> TrainConfig | None:
     """Read the config that a run directory was trained with; None where there is none. It is data: nothing is run.
 
+    Keys that are younger than the run get today's defaults, which leave things as they were.
+
     Raises:
         UserError: the file is damaged, or of another version.
     """
@@ -560,7 +771,26 @@ def load_run_config(run_dir: Path) -> TrainConfig | None:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, Mapping):
         raise UserError(f"{path} holds no config")
-    return check(TrainConfig, values)
+    return check(TrainConfig, _with_younger_keys(values))
+
+
+def _with_younger_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what a run's config does not have yet; networks keep theirs, whose defaults are in `ldm.nn`."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    kind = values["data"].get("kind") if isinstance(values.get("data"), Mapping) else None
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = compose("train", [f"data={kind}"] if kind in KINDS and kind != "custom" else [])
+    defaults: Any = OmegaConf.to_container(composed)
+    filled = {**{key: value for key, value in defaults.items() if key != "run_dir"}, **values}
+    for name in ("data", "diffusion", "autoencoder", "clip", "optim", "trainer", "sampling"):
+        if isinstance(values.get(name), Mapping):
+            filled[name] = {**defaults[name], **values[name]}
+            for part in defaults[name]:
+                if isinstance(defaults[name][part], Mapping) and isinstance(values[name].get(part), Mapping):
+                    filled[name][part] = {**defaults[name][part], **values[name][part]}
+    return filled
 
 
 def _key(loc: Sequence[int | str]) -> str:

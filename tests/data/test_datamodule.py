@@ -82,6 +82,11 @@ def test_validation_is_the_whole_set_once_in_order(world_size):
     assert captions(loaders[0]) == captions(loaders[0])
 
 
+def test_each_rank_has_something_to_validate():
+    drawn = [flat(captions(module(num_val=1, rank=rank, world_size=3).val_dataloader())) for rank in range(3)]
+    assert drawn == [Pixels(1).texts] * 3
+
+
 class Broken(Pixels):
     def __getitem__(self, index):
         raise UserError(f"row {index}: not a picture")

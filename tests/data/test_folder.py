@@ -151,7 +151,7 @@ def test_pictures_are_decoded_as_asked(tmp_path):
 def test_the_index_is_kept_and_follows_the_files(tmp_path, monkeypatch):
     folder, cache = write(tmp_path / "set", *NAMES, content=picture(50)), tmp_path / "cache"
     first = open_folder(folder, cache)
-    assert [path.name.split("-")[0] for path in cache.iterdir()] == ["folder"]
+    assert [path.name.split("-")[0] for path in cache.glob("*.parquet")] == ["folder"]
     seen = []
     look = index_module._look
     monkeypatch.setattr(index_module, "_look", lambda read, i: seen.append(i) or look(read, i))
@@ -170,7 +170,7 @@ def test_two_folders_in_one_cache(tmp_path):
     cache = tmp_path / "cache"
     for name in ("one", "two"):
         open_folder(write(tmp_path / name, "a.png"), cache)
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("*.parquet"))) == 2
 
 
 def test_the_fingerprint_is_of_bytes_captions_and_order(tmp_path):
@@ -198,7 +198,7 @@ def test_metadata(tmp_path, capsys, kind):
     assert captions(folder, caption_template="{caption} ({artist})") == {
         name: [f'Nº {i}, "ein" {" ".join(name.split())} (Ann)'] for i, name in enumerate(NAMES)
     }
-    assert capsys.readouterr().out == f"  captions: metadata.{kind}, column 'text'\n"
+    assert capsys.readouterr().out == f"  captions of {tmp_path}: metadata.{kind}, column 'text'\n"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -328,7 +328,7 @@ def test_text_files_hold_a_caption_in_each_line(tmp_path, capsys):
         "c.webp": [""],
         "sub/b.v2.JPG": ["b sub/b.v2.JPG!"],
     }
-    assert "  captions: NAME.txt beside NAME" in capsys.readouterr().out
+    assert f"  captions of {tmp_path}: NAME.txt beside NAME" in capsys.readouterr().out
 
 
 def test_a_text_file_in_another_encoding_is_named(tmp_path):
@@ -341,16 +341,24 @@ def test_names_of_files(tmp_path, capsys):
     folder = write(tmp_path, "b/red_house-03.jpg", "c/2_cats.png", "c/007.png")
     assert captions(folder, caption_prefix="a drawing of ") == {
         "b/red_house-03.jpg": ["a drawing of red house"],
-        "c/007.png": [""],
+        "c/007.png": ["a drawing of 007"],
         "c/2_cats.png": ["a drawing of 2 cats"],
     }
-    said = "  captions: from the names of files, such as 'a drawing of red house' for b/red_house-03.jpg\n"
+    said = (
+        f"  captions of {tmp_path}: from the names of files, such as 'a drawing of red house' for b/red_house-03.jpg\n"
+    )
     assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize(
     ("name", "caption"),
-    [("a photo (12).png", "a photo"), ("x1.y2.png", "x1.y"), ("blue__bird - 4.jpg", "blue bird"), ("12-34.png", "12")],
+    [
+        ("a photo (12).png", "a photo"),
+        ("area51.png", "area51"),
+        ("IMG_1.png", "IMG"),
+        ("blue__bird - 4.jpg", "blue bird"),
+        ("12-34.png", "12"),
+    ],
 )
 def test_the_number_at_the_end_is_no_caption(name, caption):
     assert caption_of(name) == caption
@@ -373,6 +381,19 @@ def test_two_kinds_of_metadata_are_an_error(tmp_path, other):
     metadata(folder, [{"file_name": "a.png", "text": "x"}])
     write(folder, other, content="file_name,text\n")
     with pytest.raises(UserError, match=r"in metadata\.csv and in metadata\.jsonl"):
+        open_folder(folder)
+
+
+def test_text_files_called_after_the_whole_name_do_not_go_unseen(tmp_path):
+    folder = write(tmp_path, "a.png", "b.png")
+    write(folder, "a.png.txt", content="a house")
+    with pytest.raises(UserError, match=r"1 pictures have their caption in a file called like a\.png\.txt.*rename"):
+        open_folder(folder)
+
+
+def test_names_that_a_camera_gave_are_no_captions(tmp_path):
+    folder = write(tmp_path, *(f"IMG_{i:04d}.png" for i in range(12)))
+    with pytest.raises(UserError, match=r"would make 12 of 12 'IMG'.*NAME\.txt"):
         open_folder(folder)
 
 
@@ -432,7 +453,7 @@ def test_pictures_without_a_decoder_are_told(tmp_path, capsys):
     folder = write(tmp_path, "a.png")
     write(folder, "b.HEIC", "c.heic", content="x")
     assert open_folder(folder).index.names == ["a.png"]
-    assert "  2 .heic passed over: no decoder" in capsys.readouterr().out
+    assert f"  of {tmp_path} 2 .heic are passed over: no decoder" in capsys.readouterr().out
 
 
 def test_sizes_are_those_of_the_pictures_as_seen(tmp_path):

@@ -259,16 +259,18 @@ def test_half_of_the_free_memory_is_taken_at_most(tmp_path, monkeypatch, cache, 
 
 
 def test_free_memory_is_what_the_system_and_the_container_tell(tmp_path, monkeypatch):
-    info, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    info, limit, used = tmp_path / "meminfo", tmp_path / "memory.max", tmp_path / "memory.current"
     monkeypatch.setattr(cache_reader, "MEMORY_INFO", info)
     monkeypatch.setattr(cache_reader, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(cache_reader, "MEMORY_USED", used)
     assert cache_reader.available_memory() > 2**20
     info.write_text("MemTotal:  9000 kB\nMemFree:  1 kB\nMemAvailable:    7000 kB\n")
     assert cache_reader.available_memory() == 7000 * 1024
     limit.write_text("max\n")
     assert cache_reader.available_memory() == 7000 * 1024
     limit.write_text("5000\n")
-    assert cache_reader.available_memory() == 5000
+    used.write_text("2000\n")
+    assert cache_reader.available_memory() == 3000
 
 
 def test_a_device_that_is_too_small_is_told(tmp_path, monkeypatch):
@@ -410,7 +412,7 @@ def changed(what: str, monkeypatch) -> str:
             case "no buckets":
                 options = {"buckets": None}
             case "crop" | "flip" | "variants" | "seed":
-                options = {what: {"crop": "centre", "flip": False, "variants": 3, "seed": 1}[what]}
+                options = {what: {"crop": "centre", "flip": False, "variants": 6, "seed": 1}[what]}
             case "fixed":
                 options = {"fixed": True}
             case "dtype":

@@ -1,4 +1,5 @@
 import json
+import os
 from itertools import islice
 
 import datasets
@@ -11,7 +12,7 @@ from ldm.data.images import decode
 from ldm.data.order import EndlessBatches
 from ldm.data.pictures import Pictures
 from ldm.data.shapes import Shapes
-from ldm.data.sources import Subset, known, open_source, open_sources, training_order
+from ldm.data.sources import Subset, content, known, open_source, open_sources, training_order
 from ldm.errors import UserError
 from sets import (
     FEEDING,
@@ -112,6 +113,47 @@ def test_too_many_empty_captions_end_the_run(form, tmp_path):
     assert "" in said(train)
 
 
+@pytest.mark.parametrize("form", ["shards", "sidecars"])
+def test_what_was_changed_behind_the_back_of_its_times_is_seen(form, tmp_path):
+    images = [png((i, 0, 0), suffix="BMP") for i in range(12)]  # all of one size
+    data = written(form, tmp_path / "set", images[:6], texts(6))
+    files = [path for path in sorted((tmp_path / "set").iterdir()) if path.suffix != ".txt"]
+    before = {path: path.stat() for path in files}
+    first, _ = open_sources(data, cache=tmp_path / "cache")
+    first[0]
+    written(form, tmp_path / "set", images[6:], texts(6))
+    for path, status in before.items():
+        assert path.stat().st_size == status.st_size
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as copying with `cp -p` leaves it
+    with pytest.raises(UserError, match=r"has changed|has been changed"):
+        [first[i] for i in range(3)]
+    again, _ = open_sources(data, cache=tmp_path / "cache")
+    assert again.fingerprint() != first.fingerprint() and content(again) != content(first)
+    assert {red for red, _ in pairs(again)} <= set(range(6, 12))
+
+
+def test_pictures_beside_a_parquet_file_are_looked_at_again(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png((i, 0, 0)))
+    rows = {"image": [str(tmp_path / f"{i}.png") for i in range(4)], "text": texts(4)}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(
+        tmp_path / "set" / "train.parquet"
+    )
+    first, _ = open_sources(hub_data(tmp_path / "set"), cache=tmp_path / "cache")
+    (tmp_path / "2.png").write_bytes(png((9, 0, 0)))
+    again, _ = open_sources(hub_data(tmp_path / "set"), cache=tmp_path / "cache")
+    assert again.fingerprint() != first.fingerprint()
+
+
+def test_other_columns_are_not_decoded(tmp_path):
+    masks = [{"bytes": b"no picture", "path": None}] * 3
+    folder = parquet_folder(tmp_path / "set", 3)
+    table = datasets.Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(tmp_path / "c"))
+    table.add_column("mask", masks).cast_column("mask", datasets.Image()).to_parquet(folder / "train.parquet")
+    assert pairs(opened(hub_data(folder))) == expected(3)
+
+
 def test_a_set_that_is_whole_leaves_no_report(tmp_path):
     report = tmp_path / "quarantine.txt"
     report.write_text("of an earlier run\n")
@@ -166,12 +208,14 @@ def test_a_readme_does_not_let_file_names_cut_the_set(tmp_path, card):
     assert len(opened(hub_data(folder))) == len(NAMES)
 
 
-def test_folders_named_as_splits_are_splits(tmp_path):
+def test_names_of_folders_are_splits_only_when_asked_for(tmp_path, capsys):
     picture_folder(tmp_path / "set" / "train", ["a.png", "b.png"])
     picture_folder(tmp_path / "set" / "test", ["c.png"])
-    assert len(opened(hub_data(tmp_path / "set"))) == 2
+    picture_folder(tmp_path / "set" / "car", ["d.png"])
+    assert len(opened(hub_data(tmp_path / "set"))) == 4
+    assert "train/ and test/ are taken together" in capsys.readouterr().out
     assert len(opened(hub_data(tmp_path / "set", split="test"))) == 1
-    with pytest.raises(UserError, match=r"has no split 'val' .*it has: train, test"):
+    with pytest.raises(UserError, match=r"has no split 'val' .*it has car, test, train"):
         opened(hub_data(tmp_path / "set", split="val"))
 
 
@@ -216,6 +260,9 @@ def test_a_source_of_the_users_own():
     assert isinstance(train, Subset) and isinstance(train.source, Pixels)
     assert (len(train), len(val)) == (4, 1)
     assert train[0]["image"].shape == (8, 8, 3)
+    for channels in (1, 4):
+        train, _ = open_sources(data, channels)
+        assert train[0]["image"].shape == (8, 8, channels)
 
 
 def test_subset_takes_what_its_indices_say():

@@ -314,7 +314,8 @@ def test_few_copies_are_kept_and_each_is_made_once_for_all_workers(tmp_path, mon
     copy_file = stream.copy_file
 
     def logged(url: str, part: Path) -> None:
-        remote.append_line(log, url)
+        with log.open("a") as file:
+            file.write(f"{url}\n")
         copy_file(url, part)
 
     monkeypatch.setattr(stream, "copy_file", logged)

@@ -352,3 +352,40 @@ def test_the_config_says_which_schedule():
 def test_configs_that_cannot_be_sampled_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         schedule_from_config(NoiseSchedule().config | change)
+
+
+def test_a_flow_noises_along_straight_paths():
+    schedule = FlowSchedule(1000, shift=3.0)  # the shift is of sampling
+    x_0, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    t = schedule.timesteps(torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64))
+    assert t.dtype == torch.float32 and t.tolist() == [0, 300, 1000]
+    alpha, sigma = schedule.coefficients(t, x_0)
+    torch.testing.assert_close(alpha.flatten(), torch.tensor([1, 0.7, 0]))
+    torch.testing.assert_close(sigma.flatten(), torch.tensor([0, 0.3, 1]))
+    torch.testing.assert_close(schedule.add_noise(x_0, noise, t), alpha * x_0 + sigma * noise)
+    half = schedule.add_noise(x_0.bfloat16(), noise.bfloat16(), t)
+    assert half.dtype == torch.bfloat16 and schedule.coefficients(t, half)[0].dtype == torch.float32
+    # What training is told of a time is what sampling will be: sigma = s / (1 - s) is asked for at t.
+    assert schedule.sigma_to_t(0.3 / 0.7) == pytest.approx(300)
+
+
+@pytest.mark.parametrize(
+    ("t", "says"),
+    [
+        (torch.tensor([0.0, 1.0]), r"shape \(3,\)"),
+        (torch.tensor([0, 1, 2]), "floating point.*int64"),
+        (torch.tensor([0.0, 1.0, 1001.0]), "1001"),
+        (torch.tensor([-1.0, 1.0, 2.0]), "-1"),
+    ],
+)
+def test_a_flow_refuses_times_that_are_none(t, says):
+    with pytest.raises(ValueError, match=says):
+        FlowSchedule().coefficients(t, torch.zeros(3, 4, 2, 2))
+    with pytest.raises(ValueError, match="noise must have"):
+        FlowSchedule().add_noise(torch.zeros(3, 4, 2, 2), torch.zeros(3, 4, 2, 1), torch.zeros(3))
+
+
+def test_times_divide_the_timesteps_evenly():
+    schedule = NoiseSchedule(num_train_timesteps=4)
+    times = torch.tensor([0.0, 0.24, 0.25, 0.999, 1.0], dtype=torch.float64)
+    assert schedule.timesteps(times).tolist() == [0, 0, 1, 3, 3]

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 import tiny
-from ldm.config import AutoencoderStage
 from ldm.data.pictures import Pictures
 from ldm.data.shapes import Shapes
 from ldm.data.sources import open_sources
@@ -19,16 +18,10 @@ from ldm.training.module import step_generator
 from ldm.weights.folder import load_network
 from runs import tiny_config
 
-STAGE = {
-    "max_steps": 4, "batch_size": 2, "precision": None, "kl_weight": 0.1, "ema_decay": 0.5,
-    "optim": {"_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.0, "arguments": {}, "schedule": "constant",
-              "warmup_steps": 0, "clip_norm": None},
-}  # fmt: skip
-
 
 @pytest.fixture
 def module() -> AutoencoderModule:
-    return AutoencoderModule(tiny.vae(), AutoencoderStage.model_validate(STAGE), seed=0)
+    return AutoencoderModule(tiny.vae(), tiny_config("unused", "autoencoder.kl_weight=0.1").autoencoder, seed=0)
 
 
 @pytest.fixture
@@ -40,7 +33,7 @@ def image() -> torch.Tensor:
 
 
 def test_the_loss_is_the_sum_that_is_written_down(module, image):
-    losses = module.losses(module.network, image, step_generator(0, 0))
+    losses, _ = module.losses(module.network, image, step_generator(0, 0))
     noise = torch.randn(3, 4, 8, 8, generator=step_generator(0, 0))
     moments = module.network.encode(image)
     mean, logvar = moments.chunk(2, dim=1)
@@ -48,13 +41,14 @@ def test_the_loss_is_the_sum_that_is_written_down(module, image):
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     torch.testing.assert_close(losses["l1"], (reconstruction - image).abs().mean())
     torch.testing.assert_close(losses["kl"], kl)
-    rest = sum(value for name, value in losses.items() if name not in ("loss", "kl"))
-    torch.testing.assert_close(losses["loss"], rest + 0.1 * losses["kl"])
+    torch.testing.assert_close(losses["l2"], (reconstruction - image).square().mean())
+    assert losses.keys() == {"loss", "l1", "l2", "kl"}
+    assert losses["loss"] == losses["l1"] + losses["l2"] + 0.1 * losses["kl"]
 
 
 def test_every_term_has_a_gradient_into_what_it_is_meant_for(module, image):
     network = module.network
-    for term, value in module.losses(network, image, step_generator(0, 0)).items():
+    for term, value in module.losses(network, image, step_generator(0, 0))[0].items():
         network.zero_grad()
         value.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in network.named_parameters()}
@@ -68,16 +62,16 @@ def test_every_term_has_a_gradient_into_what_it_is_meant_for(module, image):
 def test_the_loss_does_not_depend_on_resolution(module):
     """Means over pixels and latents: a picture tiled to twice the size costs about the same, up to its borders."""
     picture = F.interpolate(torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(1)), size=64) * 2 - 1
-    small = module.losses(module.network, picture, step_generator(0, 0))
-    large = module.losses(module.network, picture.repeat(1, 1, 2, 2), step_generator(0, 0))
+    small, _ = module.losses(module.network, picture, step_generator(0, 0))
+    large, _ = module.losses(module.network, picture.repeat(1, 1, 2, 2), step_generator(0, 0))
     for name in small:
         assert large[name].item() == pytest.approx(small[name].item(), rel=0.1)
 
 
 def test_the_divergence_is_not_rounded_by_mixed_precision(module, image):
-    exact = module.losses(module.network, image, step_generator(0, 0))["kl"]
+    exact = module.losses(module.network, image, step_generator(0, 0))[0]["kl"]
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = module.losses(module.network, image, step_generator(0, 0))
+        mixed, _ = module.losses(module.network, image, step_generator(0, 0))
     assert mixed["kl"].dtype == torch.float32 and mixed["loss"].dtype == torch.float32
     assert mixed["kl"].item() == pytest.approx(exact.item(), rel=0.02)
     # bf16 has 8 bits: a sum over all latents would be a multiple of a large number

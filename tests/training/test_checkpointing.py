@@ -114,7 +114,7 @@ def test_a_run_does_not_open_that_door_either(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be read"):
         stages.run(config)
     # What reads the whole of it refuses as well, should the header ever be read in another way.
-    monkeypatch.setattr(fit, "_resume_from", lambda config, stage: 3)
+    monkeypatch.setattr(fit, "_resume_from", lambda *_: 3)
     with pytest.raises(pickle.UnpicklingError):
         stages.run(config)
     assert not touched.exists()

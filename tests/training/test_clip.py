@@ -24,7 +24,7 @@ from runs import tiny_config
 STAGE = {
     "max_steps": 4, "batch_size": 2,
     "optim": {"_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.0, "arguments": {}, "schedule": "constant",
-              "warmup_steps": 0, "clip_norm": None},
+              "warmup_steps": 0, "decay_share": 0.2, "clip_norm": None},
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldm.config import TrainConfig, check
+from ldm.errors import UserError
 from ldm.training import fit, stages
 from probes import Stopped
 from runs import ROOT, TINY_OWN, compose_values
@@ -81,6 +82,24 @@ def test_an_interrupted_run_goes_on_to_the_bit_with_other_workers(kind, sets, tm
     )
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert_equal(ours[part], theirs[part], part)
+
+
+def test_a_set_that_changed_is_not_gone_on_with(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "set", [f"{i}.png" for i in range(12)])
+
+    def run(*overrides: str) -> None:
+        values = [*RUN, "data=folder", f"data.path={folder}", f"output_dir={tmp_path}", *overrides]
+        stages.run(check(TrainConfig, compose_values("train", values)))
+
+    run("name=one", "trainer.max_steps=2", "optim.schedule=constant")
+    (folder / "3.png").write_bytes(png((200, 0, 0)))
+    with pytest.raises(UserError, match=r"other pictures or captions than are there now.*name=…"):
+        run("name=one", "trainer.max_steps=4", "optim.schedule=constant")
+    capsys.readouterr()
+    run("name=two", "trainer.max_steps=2")
+    said = capsys.readouterr().out
+    for stage in ("autoencoder", "clip"):
+        assert f"! the pictures or captions have changed since stage '{stage}' was trained" in said
 
 
 class Training:

@@ -9,24 +9,32 @@ import torch
 import tiny
 from ldm.conditioner import NULL_CAPTION
 from ldm.config import TrainConfig, check
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.parameterization import target
+from ldm.diffusion.schedule import FlowSchedule, NoiseSchedule
+from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training import fit, stages
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.module import step_generator
+from ldm.training.networks import build_schedule
 from ldm.weights.folder import load_weights
 from runs import TINY, compose_values, tiny_config
 
 CONFIG = check(TrainConfig, compose_values("train", TINY))
 
 
-def build(prediction_type: str = "v_prediction", dropout: float = 0.0, **options) -> DiffusionModule:
-    settings = CONFIG.diffusion.model_copy(update={"prediction_type": prediction_type, "caption_dropout": dropout})
+def build(
+    prediction_type: str = "v_prediction", dropout: float = 0.0, changes: dict | None = None, **options
+) -> DiffusionModule:
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's
+    settings = {"prediction_type": prediction_type, "caption_dropout": dropout, **betas, **(changes or {})}
+    config = CONFIG.model_copy(update={"diffusion": CONFIG.diffusion.model_copy(update=settings)})
     vae, conditioner = tiny.vae().requires_grad_(False), tiny.conditioner().requires_grad_(False)
     module = DiffusionModule(
-        tiny.unet(**options), NoiseSchedule(), settings, CONFIG.optim, 10, 0, vae, conditioner, CONFIG.sampling,
-        list(tiny.CAPTIONS),
+        tiny.unet(**options), build_schedule(config), config.diffusion, CONFIG.optim, 10, 0, vae, conditioner,
+        CONFIG.sampling, list(tiny.CAPTIONS),
     )  # fmt: skip
+    module.on_validation_epoch_start()
     module.trainer = SimpleNamespace(
         world_size=1, global_step=0, accumulate_grad_batches=1, training=True, global_rank=0, strategy=None
     )
@@ -54,7 +62,7 @@ def cached(module: DiffusionModule, batch: dict) -> dict:
 # ----------------------------------------------------------------------------------------------------- a training step
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_the_gradient_reaches_exactly_what_is_trained(prediction_type, batch):
     module = build(prediction_type)
     loss = module.training_step(batch, 0)
@@ -137,6 +145,121 @@ def test_the_caption_matters_and_dropping_it_does_too(batch):
     assert not torch.isclose(with_captions, without, rtol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------------- objectives
+
+
+def as_it_was(module: DiffusionModule, batch: dict) -> torch.Tensor:
+    """Return the loss of a step by the objective without options, its draws in their order."""
+    generator = module.generator(0)
+    vae, conditioner = module.frozen
+    moments = vae.encode(batch["image"])
+    x_0 = vae.latents(moments, torch.randn(moments.chunk(2, 1)[0].shape, generator=generator))
+    drop = torch.rand(len(x_0), generator=generator) < module.config.caption_dropout
+    context = torch.where(drop[:, None, None], module.null_context, conditioner(batch["caption"]))
+    bins = torch.randperm(len(x_0), generator=generator)
+    t = ((bins + torch.rand(len(x_0), generator=generator, dtype=torch.float64)) / len(x_0) * 1000).long()
+    noise = torch.randn(x_0.shape, generator=generator)
+    x_0, noise = (each.contiguous(memory_format=torch.channels_last) for each in (x_0, noise))
+    alpha, sigma = module.schedule.coefficients(t, x_0)
+    wanted = target(module.config.prediction_type, x_0, noise, alpha, sigma)
+    return ((module.network(alpha * x_0 + sigma * noise, t, context) - wanted) ** 2).mean((1, 2, 3)).mean()
+
+
+RECORDED = {
+    "epsilon": (1.330681562, 1.309513807, 1.337712884),
+    "v_prediction": (1.157305718, 1.211030841, 1.242666245),
+    "sample": (1.101780295, 1.296227098, 1.050430179),
+}
+"""Losses of two steps and of validation, from before the objective had options."""
+
+
+@pytest.mark.parametrize("prediction_type", RECORDED)
+def test_without_options_losses_are_what_they_were(prediction_type, batch):
+    module = build(prediction_type, dropout=0.3)
+    found = []
+    for module.trainer.global_step in (0, 1):
+        loss = module.training_step(batch, 0)
+        assert torch.equal(loss, as_it_was(module, batch))
+        found.append(loss.item())
+    module.validation_step(batch, 0)
+    found.append(float(module.logged[-1]["loss"]))
+    assert found == pytest.approx(RECORDED[prediction_type], rel=1e-4)
+
+
+OPTIONS = [
+    {"weighting": "min_snr"}, {"weighting": "soft_min_snr"}, {"weighting": "p2"}, {"weighting": "debiased"},
+    {"loss": "huber"}, {"offset_noise": 0.1}, {"input_perturbation": 0.1}, {"zero_terminal_snr": True},
+    {"timesteps": "logit_normal"}, {"stratified": False}, {"prediction_type": "flow_prediction"},
+    {"weighting": "min_snr", "snr_gamma": 0.1}, {"weighting": "p2", "p2_gamma": 0.5}, {"weighting": "p2", "p2_k": 3.0},
+    {"loss": "huber", "huber_c": 1.0}, {"timesteps": "logit_normal", "timesteps_mean": 1.0},
+    {"timesteps": "logit_normal", "timesteps_std": 0.5},
+]  # fmt: skip
+
+
+def test_every_option_changes_the_loss_and_is_a_function_of_the_step(batch):
+    losses = []
+    for changes in ({}, *OPTIONS):
+        module = build(changes=changes)
+        loss = module.training_step(batch, 0)
+        assert loss.isfinite() and torch.equal(loss, module.training_step(batch, 0))
+        losses.append(loss.item())
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize("changes", OPTIONS[:6])
+def test_validation_is_of_the_plain_objective(changes, batch):
+    """So that runs with other weights and losses can be compared."""
+    found = []
+    for each in ({}, changes):
+        module = build(changes=each)
+        module.validation_step(batch, 0)
+        found.append(float(module.logged[-1]["loss"]))
+    assert found[0] == found[1]
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_rescaled_betas(batch, monkeypatch):
+    """At the last timestep there is no signal: its weight is zero."""
+    monkeypatch.setattr("ldm.training.diffusion.draw_times", lambda batch, *_: torch.ones(batch))
+    assert build(changes={"weighting": "min_snr", "zero_terminal_snr": True}).training_step(batch, 0) == 0
+    assert build(changes={"weighting": "min_snr"}).training_step(batch, 0) > 0
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
+def test_ranks_share_the_timesteps_of_a_step(prediction_type, batch, monkeypatch):
+    module, seen = build(prediction_type, changes={"timesteps": "uniform"}), []
+    monkeypatch.setattr(module, "_losses", lambda unet, x_0, context, t, *_: seen.append(t) or x_0.sum())
+    module.trainer.world_size = 3
+    for module.trainer.global_step in range(3):
+        for module.trainer.global_rank in range(3):
+            module.training_step(batch, 0)
+    bins = torch.stack(seen).mul(12).div(1000).long().view(3, 12)
+    assert (bins.sort().values == torch.arange(12)).all()
+    firsts = bins.view(3, 3, 4).min(2).values  # ranks take turns with the bins of least noise
+    assert (firsts.sort(0).values == torch.arange(3)[:, None]).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["diffusion=ddpm", "diffusion.zero_terminal_snr=true"], "diffusion=v or x0"),
+        (["diffusion=flow", "diffusion.zero_terminal_snr=true"], "a flow has none"),
+        (["diffusion=flow", "diffusion.weighting=min_snr"], "weighting=uniform"),
+        (["diffusion=flow", "diffusion.weighting=p2"], "timesteps=logit_normal"),
+        (["diffusion.snr_gamma=0"], "diffusion.snr_gamma"),
+        (["diffusion.huber_c=-1"], "diffusion.huber_c"),
+        (["diffusion.loss=l1"], "'l1'"),
+        (["diffusion.timesteps_std=0"], "diffusion.timesteps_std"),
+        (["diffusion.offset_noise=-0.1"], "diffusion.offset_noise"),
+        (["+unet.in_channels=9"], "data.cache=false"),
+        (["+unet.train=[mid_block]"], "needs unet.pretrained"),
+    ],
+)
+def test_objectives_that_cannot_be_are_refused(overrides, says):
+    with pytest.raises(UserError) as error:
+        check(TrainConfig, compose_values("train", [*TINY, *overrides]))
+    assert says in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------- validation and previews
 
 
@@ -152,8 +275,46 @@ def test_validation_is_of_the_average_and_always_the_same(module, batch):
         for parameter in module.ema.average.parameters():
             parameter.mul_(1.1)
     module.validation_step(batch, 0)
+    module.logged = [{name: loss.detach() for name, loss in losses.items()} for losses in module.logged]
     first, second, third = (float(losses["loss"]) for losses in module.logged)
     assert first == second != third
+    first, second, third = (float(losses["loss_raw"]) for losses in module.logged)  # of the weights in training
+    assert first != second == third
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
+def test_validation_loss_is_told_by_bands_of_timesteps(prediction_type, batch, monkeypatch):
+    module, told, seen = build(prediction_type), {}, []
+    losses = torch.arange(4.0)
+
+    def known(unet, x_0, context, t, noise):
+        seen.append(t)
+        return losses if unet is module.evaluated else 10 * losses
+
+    monkeypatch.setattr(module, "_losses", known)
+    monkeypatch.setattr(module, "log", lambda key, value, **_: told.__setitem__(key, float(value)))
+    module.trainer.strategy = SimpleNamespace(reduce=lambda sums, reduce_op: 2 * sums)  # another rank has the same
+    module.on_validation_epoch_start()
+    module.validation_step(batch, 0)
+    module.validation_step(batch, 1)
+    module.on_validation_epoch_end()
+    bands = {"t000-250": 0, "t250-500": 1, "t500-750": 2, "t750-1000": 3}
+    for name, factor in (("val_loss", 1), ("val_loss_raw", 10)):
+        for band, i in bands.items():  # stratified: each batch of four has one in each band
+            one, other = (losses[(t // 250).long() == i].item() for t in (seen[0], seen[2]))
+            assert told[f"diffusion/{name}/{band}"] == pytest.approx(factor * (one + other) / 2)
+    assert len(told) == 8 and torch.equal(seen[0], seen[1])
+    module.on_validation_epoch_start()  # nothing is left of the validation before
+    assert not any(sums.any() for sums in module.bands.values())
+
+
+def test_a_band_without_samples_is_not_told(module, batch, monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "log", lambda key, value, **_: told.append(key))
+    module.trainer.strategy = SimpleNamespace(reduce=lambda sums, reduce_op: sums)
+    module.validation_step({"image": batch["image"][:1], "caption": batch["caption"][:1]}, 0)
+    module.on_validation_epoch_end()
+    assert len(told) == 2
 
 
 def test_validation_keeps_all_captions(batch):
@@ -199,15 +360,47 @@ def test_the_model_folder_holds_the_average(finished):
     assert any(not torch.equal(state[f"network.{name}"], tensor) for name, tensor in exported.items())
 
 
-@pytest.mark.parametrize("diffusion", ["ddpm", "v", "x0"])
+@pytest.mark.parametrize("diffusion", ["ddpm", "v", "x0", "flow"])
 def test_every_parameterisation_trains_and_draws(diffusion, finished):
     config = tiny_config(finished.output_dir, f"diffusion={diffusion}", f"name=as-{diffusion}", "stages=[diffusion]")
     stages.run(config)
     pipeline = LatentDiffusionPipeline.from_pretrained(config.run_dir)
     assert pipeline.prediction_type == config.diffusion.prediction_type
+    assert isinstance(pipeline.schedule, FlowSchedule if diffusion == "flow" else NoiseSchedule)
     assert pipeline.settings == config.sampling.model_dump()
     [image] = pipeline.generate(["a red circle"], [0])
     assert image.shape == (3, 16, 16) and image.isfinite().all()
+    if diffusion == "flow":  # DDIM is the straight Euler step of a flow
+        [euler] = pipeline.generate(["a red circle"], [0], sampler="euler")
+        torch.testing.assert_close(euler, image, atol=1e-4, rtol=0)
+
+
+def test_every_option_of_the_objective_at_once_trains_and_draws(finished):
+    options = [
+        "zero_terminal_snr=true", "weighting=soft_min_snr", "loss=huber", "offset_noise=0.1", "input_perturbation=0.1",
+        "timesteps=logit_normal", "stratified=false",
+    ]  # fmt: skip
+    overrides = [f"diffusion.{option}" for option in options]
+    config = tiny_config(finished.output_dir, *overrides, "name=all-options", "stages=[diffusion]")
+    stages.run(config)
+    pipeline = LatentDiffusionPipeline.from_pretrained(config.run_dir)
+    assert isinstance(pipeline.schedule, NoiseSchedule) and pipeline.schedule.zero_terminal_snr
+    assert torch.equal(pipeline.schedule.alphas_cumprod, build_schedule(config).alphas_cumprod)
+    [image] = pipeline.generate(["a red circle"], [0])
+    assert image.isfinite().all()
+    metrics = (Path(config.run_dir) / "metrics.csv").read_text()
+    assert "nan" not in metrics and "inf" not in metrics
+
+
+def test_validation_bands_are_logged(run_dir):
+    rows = [line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines()]
+    found = {row[0]: float(row[2]) for row in rows if row[0].startswith("diffusion/val_loss")}
+    bands = ("t000-250", "t250-500", "t500-750", "t750-1000")
+    for name in ("val_loss", "val_loss_raw"):  # of 8 pictures, two in each band
+        assert sum(found[f"diffusion/{name}/{band}"] for band in bands) / 4 == pytest.approx(
+            found[f"diffusion/{name}"], rel=1e-4
+        )
+    assert len(found) == 10
 
 
 def test_the_loss_falls_when_one_batch_is_trained_again_and_again(finished):

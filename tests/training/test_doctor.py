@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm.training import doctor
 from runs import TINY, TINY_OWN, run_script
+from sets import shard_folder
 
 OWN = ("data=folder", *TINY_OWN)
 
@@ -153,3 +154,40 @@ def test_the_built_in_experiment(tmp_path, capsys):
     assert run_script("train", *TINY, f"output_dir={tmp_path}", "doctor=true") == 0
     out = capsys.readouterr().out
     assert "64 to train on, 8 held out" in out and "✓" in out
+
+
+def test_a_set_of_which_nothing_can_be_used(tmp_path, capsys):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(b"")
+    describe(folder, {f"{i}.png": f"thing {i}" for i in range(6)})
+    code, lines = look(tmp_path, capsys)
+    assert code == 1 and about(lines, "✗", "pictures", "data.num_val=4")
+    assert about(lines, "✗", "broken", "6 pictures (100.0%)") and "0.png: not a picture" in "\n".join(lines)
+
+
+def test_a_stage_that_is_missing_ruins_the_run(tmp_path, capsys):
+    describe(tmp_path / "set", good_set(tmp_path / "set", 20))
+    code, lines = look(tmp_path, capsys, "stages=[diffusion]")
+    assert code == 1 and about(lines, "✗", "config", "the result of stage 'autoencoder'")
+
+
+def test_broken_pictures_of_a_stream_are_found(tmp_path, capsys):
+    images = [picture(i) for i in range(20)]
+    images[3] = b""
+    shard_folder(tmp_path / "set", images, [f"thing {i}" for i in range(20)], size=5)
+    arguments = ["data=shards", "data.streaming=true", "data.cache=false"]
+    code, lines = look(tmp_path, capsys, *arguments)
+    assert code == 1 and about(lines, "✗", "broken", "1 pictures (4.8%)", "quarantine.txt")
+    again, _ = look(tmp_path, capsys, *arguments)
+    assert again == 1 and len((tmp_path / "out/look/quarantine.txt").read_text().splitlines()) == 1
+
+
+def test_shapes_that_few_pictures_have_are_told(tmp_path, capsys):
+    folder = tmp_path / "set"
+    captions = good_set(folder, 30)
+    (folder / "000.png").write_bytes(picture(0, (48, 24)))
+    describe(folder, captions)
+    _, lines = look(tmp_path, capsys, "data.buckets=true")
+    assert about(lines, "!", "batches", "has 1 pictures, which fill a batch of 8 again and again")

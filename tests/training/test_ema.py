@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, PowerEMA
+from ldm.weights.posthoc import exponent
 
 
 class Net(nn.Module):
@@ -104,3 +105,27 @@ def test_memory_format_makes_no_difference(memory_format):
         network.weight.add_(1.0)
     ema.update(network)
     torch.testing.assert_close(ema.average.weight, old + 9 / 11)
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
+def test_a_power_average_weighs_every_step_as_its_profile_does(length):
+    """EDM2's integral over weights that stand from step to step, by the definition."""
+    network = Net()
+    ema, seen = PowerEMA(network, length), []
+    for n in range(120):
+        move(network, n)
+        ema.update(network)
+        seen.append(network.linear.weight.detach().double().clone())
+    gamma = exponent(length)
+    ends = (torch.arange(121) / 120).double() ** (gamma + 1)
+    expected = (ends.diff()[:, None, None] * torch.stack(seen)).sum(0)
+    torch.testing.assert_close(ema.average.linear.weight.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ema.average.norm.running_mean, network.norm.running_mean)
+
+
+def test_a_power_average_forgets_the_start_at_once():
+    network = Net()
+    ema = PowerEMA(network, 0.1)
+    move(network, 1)
+    ema.update(network)
+    assert all(torch.equal(a, b) for a, b in zip(ema.average.parameters(), network.parameters(), strict=True))

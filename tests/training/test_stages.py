@@ -265,7 +265,7 @@ def test_a_result_that_another_run_finished_first_is_left_alone(tmp_path, monkey
         for name in ("text_encoder", "tokenizer"):
             (place / name).mkdir()
         (place / "theirs").touch()
-        stages.record_result(config, "clip", place)
+        stages.record_result(config, "clip", place, "")
         return trainer
 
     monkeypatch.setattr(fit, "_fit", slower)

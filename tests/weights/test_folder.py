@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 import tiny
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import FlowSchedule, NoiseSchedule
 from ldm.errors import UserError
 from ldm.files import load_json
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.clip import CLIP, TextTower
 from ldm.nn.unet import UNet
+from ldm.scheduler import read_scheduler
 from ldm.weights.folder import load_network, save_network, save_pipeline_index
 
 WEIGHTS = {UNet: "diffusion_pytorch_model", AutoencoderKL: "diffusion_pytorch_model", TextTower: "model", CLIP: "model"}
@@ -443,6 +444,7 @@ def test_nothing_that_a_folder_says_is_run(tmp_path, saved):
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_the_scheduler_keeps_what_the_model_was_trained_with(tmp_path, prediction_type, beta_schedule):
     schedule = NoiseSchedule(beta_schedule, 0.001, 0.01, 500)
+    save_network(tiny.unet(), tmp_path / "unet")
     save_pipeline_index(tmp_path, schedule, prediction_type, {"steps": 3})
     theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     torch.testing.assert_close(theirs.alphas_cumprod, schedule.alphas_cumprod.float(), rtol=1e-5, atol=1e-7)
@@ -451,6 +453,27 @@ def test_the_scheduler_keeps_what_the_model_was_trained_with(tmp_path, predictio
     ours = NoiseSchedule.from_config(load_json(tmp_path / "scheduler" / "scheduler_config.json"))
     assert torch.equal(ours.alphas_cumprod, schedule.alphas_cumprod)
     assert load_json(tmp_path / "ldm.json") == {"steps": 3}
+
+
+def test_the_scheduler_keeps_that_a_model_is_a_flow(tmp_path):
+    save_network(tiny.unet(), tmp_path / "unet")
+    save_pipeline_index(tmp_path, FlowSchedule(500, 2.0), "flow_prediction", {"steps": 3})
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert (theirs.config.num_train_timesteps, theirs.config.shift) == (500, 2.0)
+    schedule, prediction_type, _, sampler = read_scheduler(load_json(tmp_path / "scheduler" / "scheduler_config.json"))
+    assert isinstance(schedule, FlowSchedule) and schedule.config == {"num_train_timesteps": 500, "shift": 2.0}
+    assert (prediction_type, sampler) == ("flow_prediction", "euler")
+    index = load_json(tmp_path / "model_index.json")
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "pipeline"), [(4, "StableDiffusionPipeline"), (9, "StableDiffusionInpaintPipeline")]
+)
+def test_the_index_says_whether_a_model_is_for_inpainting(tmp_path, in_channels, pipeline):
+    save_network(tiny.unet(in_channels=in_channels), tmp_path / "unet")
+    save_pipeline_index(tmp_path, NoiseSchedule(), "epsilon", {})
+    assert load_json(tmp_path / "model_index.json")["_class_name"] == pipeline
 
 
 def test_files_say_what_they_are(saved):

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 import tiny
+from ldm.config import PosthocEMA
 from ldm.errors import UserError
 from ldm.training.module import StageModule
 from ldm.weights.kinds import FOREIGN, infer_config, recognise
 from ldm.weights.single_file import Network, join
+from runs import tiny_config
 
 SD1 = {"unet": tiny.unet, "vae": tiny.vae, "text_encoder": tiny.text_tower}
 
@@ -187,8 +189,9 @@ def test_other_kinds_are_named(shapes, what):
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_our_own_training_checkpoint(ema_decay):
-    module = StageModule(tiny.unet(), None, max_steps=1, seed=0, ema_decay=ema_decay)
+def test_our_own_training_checkpoint(ema_decay, tmp_path):
+    optim = tiny_config(tmp_path).optim
+    module = StageModule(tiny.unet(), optim, 1, 0, ema_decay, PosthocEMA(lengths=[0.1], every=1))
     with pytest.raises(UserError, match="a checkpoint of training with this project"):
         recognise(shapes_of(module.state_dict()))
 

@@ -16,7 +16,7 @@ from ldm.data.cache_folder import Shard
 from ldm.data.pictures import Pictures
 from ldm.nn.autoencoder import AutoencoderKL
 
-SHARD_ROWS = 4096
+SHARD_ROWS = 256
 SHARD_BYTES = 2**28
 
 

@@ -26,6 +26,7 @@ from ldm.progress import progress
 
 MEMORY_INFO = Path("/proc/meminfo")
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 class CachedLatents(Dataset[dict[str, Tensor]]):
@@ -42,6 +43,7 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         bucket_of: see `Pictures`.
         null_context: (1, L, D), of the null caption.
         nbytes: size of what is stored.
+        folder: where it is stored.
         in_memory: whether it is held; then reading takes no time that a loader process could save.
         device: of its batches.
 
@@ -58,6 +60,7 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         num_readers: int = 1,
     ) -> None:
         self.pictures, self.bucket_of, self.nbytes = pictures, pictures.bucket_of, layout.nbytes
+        self.folder = folder.folder
         if memory == "auto":
             memory = torch.device("cpu") if layout.nbytes * num_readers <= available_memory() / 2 else "disk"
         self.in_memory = memory != "disk"
@@ -154,5 +157,5 @@ def available_memory() -> int:
     """Return how many bytes of RAM this process could still take, as far as the system and its container tell."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", MEMORY_INFO.read_text()) if MEMORY_INFO.exists() else None
     available = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.exists() else "max"
-    return available if limit == "max" else min(available, int(limit))
+    limit, used = (path.read_text().strip() if path.exists() else "max" for path in (MEMORY_LIMIT, MEMORY_USED))
+    return available if "max" in (limit, used) else min(available, int(limit) - int(used))

@@ -77,6 +77,7 @@ def folder_captions(
         return FolderCaptions("NAME.txt beside NAME, each line a caption", captions)
     _check_nothing_beside(told, pictures, others)
     captions = {name: wording({"file_name": name}, [caption_of(name)]) for name in pictures}
+    _check_say_something(told, captions)
     example = min(pictures)
     return FolderCaptions(f"from the names of files, such as '{captions[example][0]}' for {example}", captions)
 
@@ -88,7 +89,7 @@ def caption_of(name: str) -> str:
     'red house'
     """
     stem = os.path.splitext(os.path.basename(name))[0]
-    return re.sub("[_-]+", " ", re.sub(r"[\s_-]*\(?\d+\)?$", "", stem))
+    return re.sub("[_-]+", " ", re.sub(r"[\s_-]+\(?\d+\)?$", "", stem)).strip()
 
 
 def _title(told: str, tables: Sequence[str]) -> str:
@@ -136,7 +137,22 @@ def _check_most_have_one(told: str, pictures: Collection[str], beside: Mapping[s
         )
 
 
+def _check_say_something(told: str, captions: Mapping[str, list[str]]) -> None:
+    (text,), num = Counter(map(tuple, captions.values())).most_common(1)[0]
+    if len(captions) >= 10 and num > 0.9 * len(captions):
+        raise UserError(
+            f"{told}: there are no captions but the names of files, which would make {num} of {len(captions)} "
+            f"'{text}', as of {min(captions)}; write a NAME.txt beside each picture, or a metadata.jsonl"
+        )
+
+
 def _check_nothing_beside(told: str, pictures: Collection[str], others: Collection[str]) -> None:
+    doubled = [text for name in pictures if (text := f"{name}.txt") in others]
+    if doubled:
+        raise UserError(
+            f"{told}: {len(doubled)} pictures have their caption in a file called like {min(doubled)}, which is not "
+            "read: NAME.txt belongs to NAME.jpg; rename them"
+        )
     stems = {os.path.splitext(name)[0] for name in pictures}
     alike = [name for name in others if suffix(name) in NOT_CAPTIONS and os.path.splitext(name)[0] in stems]
     if 2 * len(alike) >= len(pictures):

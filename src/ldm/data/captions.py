@@ -13,7 +13,7 @@ from ldm.errors import UserError
 _CONTROL = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
-_SIDE = re.compile(r"(?<![^\W_])(left|right)(most|wards?|hand(ed)?)?(?![^\W_])", re.IGNORECASE)
+_SIDE = re.compile(r"(?<![^\W_])(left|right)(most|wards?|side|facing|hand(ed)?)?(?![^\W_])", re.IGNORECASE)
 
 
 def clean(text: str) -> str:

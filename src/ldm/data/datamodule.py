@@ -27,6 +27,7 @@ class DataModule(pl.LightningDataModule):
         batch_size: B of each rank and micro-batch.
         num_workers: loader processes.
         overfit_batches: above 0, only the first so many training batches are used, again and again.
+        content: names the set that all of it is from.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class DataModule(pl.LightningDataModule):
         batch_size: int,
         num_workers: int = 0,
         overfit_batches: int = 0,
+        content: str = "",
     ) -> None:
         super().__init__()
         self.train, self.val, self.order = train, val, order
         self.batch_size, self.num_workers, self.overfit_batches = batch_size, num_workers, overfit_batches
+        self.content = content
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
@@ -60,7 +63,9 @@ class DataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
-        mine = np.arange(self.trainer.global_rank, len(self.val), self.trainer.world_size)
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        # Where there are fewer pictures than ranks they come again: Lightning cannot do with a rank that has none.
+        mine = np.arange(rank, max(len(self.val), world_size), world_size) % len(self.val)
         buckets = self.val.bucket_of
         groups = [mine] if buckets is None else [mine[buckets[mine] == bucket] for bucket in np.unique(buckets[mine])]
         cuts = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]

@@ -20,7 +20,9 @@ from ldm.data.caption_files import folder_captions, suffix
 from ldm.data.captions import Wording
 from ldm.data.images import Pixels
 from ldm.data.index import digest_of, look_at
+from ldm.data.remote import local_state
 from ldm.errors import UserError
+from ldm.ranks import say_once
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
 NOT_READ = frozenset({".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"})
@@ -47,12 +49,12 @@ class FolderSource:
         pictures, others = list_files(self.root, told)
         if not pictures:
             raise UserError(_no_pictures(told, others))
-        _say_what_is_taken(pictures, others)
+        _say_what_is_taken(config.path, pictures, others)
         wording = Wording(config.caption_template, config.caption_prefix, config.caption_suffix)
         found = folder_captions(self.root, told, pictures, others, config.caption_column, wording)
-        print(f"  captions: {_printable(found.rule)}", flush=True)
+        say_once(f"  captions of {_printable(config.path)}: {_printable(found.rule)}")
         for name in found.captions.keys() - pictures.keys() - found.missing.keys():
-            pictures[name] = _stamp(os.stat(self.root / name))  # listed, of another suffix
+            pictures[name] = local_state(os.stat(self.root / name))  # listed, of another suffix
         names = sorted({*pictures, *found.missing})
         self._captions = [tuple(found.captions.get(name, ("",))) for name in names]
 
@@ -162,11 +164,7 @@ def _stamp_of(entry: os.DirEntry[str]) -> str | None:
         state = entry.stat()
     except OSError:
         return ""
-    return _stamp(state) if stat.S_ISREG(state.st_mode) else None
-
-
-def _stamp(state: os.stat_result) -> str:
-    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"  # copying may keep the time of the last writing
+    return local_state(state) if stat.S_ISREG(state.st_mode) else None
 
 
 def _no_pictures(told: str, others: Iterable[str]) -> str:
@@ -180,18 +178,17 @@ def _no_pictures(told: str, others: Iterable[str]) -> str:
     return f"{told}: no pictures ({', '.join(sorted(PICTURES))}) are in it or below; there are: {there}; {hint}"
 
 
-def _say_what_is_taken(pictures: Iterable[str], others: Iterable[str]) -> None:
+def _say_what_is_taken(path: str, pictures: Iterable[str], others: Iterable[str]) -> None:
     """Print what a user may not expect: that splits are taken together, that some pictures cannot be read."""
     top = {name.split("/", 1)[0] for name in pictures if "/" in name}
     if "train" in top and (held_out := [f"{name}/" for name in VALIDATION if name in top]):
-        print(
-            f"  train/ and {', '.join(held_out)} are taken together: data.num_val pictures of all are held out; "
-            "to train on train/ alone, name it in data.path",
-            flush=True,
+        say_once(
+            f"  of {_printable(path)} train/ and {', '.join(held_out)} are taken together: data.num_val pictures "
+            "of all are held out; to train on train/ alone, name it in data.path"
         )
     passed_over = Counter(suffix(name) for name in others if suffix(name) in NOT_READ)
     for kind, num in passed_over.most_common():
-        print(f"  {num} {kind} passed over: no decoder, convert them to .png or .jpg", flush=True)
+        say_once(f"  of {_printable(path)} {num} {kind} are passed over: no decoder, convert them to .png or .jpg")
 
 
 def _printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +15,9 @@ from ldm.config import HubSection
 from ldm.data.captions import Wording
 from ldm.data.folder import PICTURES
 from ldm.data.images import Pixels
-from ldm.data.index import look_at
+from ldm.data.index import check_unchanged, look_at
+from ldm.data.remote import local_state
 from ldm.errors import UserError
-
-SPLIT_FOLDERS = ("train", "validation", "val", "test")
 
 
 class HubSource:
@@ -57,20 +57,24 @@ class HubSource:
             raise UserError(
                 f"{config.path}: column '{config.image_column}' (data.image_column) holds no pictures but {found}"
             ) from error
+        self.images = self.dataset.select_columns([config.image_column])
         self._captions = self._worded()
         state = str(dataset._fingerprint)
         names = [f"{config.path}, row {i}" for i in range(len(dataset))]
         kept = None
         if cache is not None:
             kept = cache / f"hub-{hashlib.sha256(f'{state} {config.image_column}'.encode()).hexdigest()[:16]}.parquet"
-        self.index = look_at(names, [state] * len(names), self._encoded, kept, f"looking at {config.path}")
+        stamps = [state + beside for beside in self._states_beside()]
+        self.index = look_at(names, stamps, self._encoded, kept, f"looking at {config.path}")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return {"image": self.decode(self._encoded(index)), "captions": self._captions[index]}
+            encoded = self._encoded(index)
+            check_unchanged(encoded, self.index, index)
+            return {"image": self.decode(encoded), "captions": self._captions[index]}
         except UserError as error:
             raise UserError(f"{self.index.names[index]}: {error}") from error
 
@@ -88,7 +92,7 @@ class HubSource:
 
     def _encoded(self, index: int) -> bytes:
         """Return a picture's file: from the row itself, or from where the row says, which may be inside an archive."""
-        image = self.dataset[index][self.config.image_column]
+        image = self.images[index][self.config.image_column]
         if image is None:
             raise UserError(f"there is no picture in column '{self.config.image_column}'")
         if image["bytes"] is not None:
@@ -101,12 +105,28 @@ class HubSource:
         except (OSError, ValueError) as error:
             raise UserError(f"the picture cannot be read: {error}") from error
 
+    def _states_beside(self) -> list[str]:
+        """Return the state of each picture's file where it lies beside the set; "" where it is in the row."""
+        import pyarrow.compute as pc
+
+        column = self.dataset.data.column(self.config.image_column)
+        inside = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
+        paths = pc.struct_field(column, "path").to_pylist()
+        states = []
+        for is_inside, path in zip(inside, paths, strict=True):
+            beside = not is_inside and path is not None and os.path.isfile(path)
+            states.append(f" {local_state(os.stat(path))}" if beside else "")
+        return states
+
     def _worded(self) -> list[list[str]]:
-        others = [name for name in self.dataset.column_names if name != self.config.image_column]
-        worded = []
-        for i, row in enumerate(self.dataset.select_columns(others)):
+        # Other columns may hold pictures too, which would be decoded.
+        named = [name for _, name in self.wording.parts if name in self.dataset.column_names]
+        needed = [name for name in dict.fromkeys([*self.caption_columns, *named]) if name != self.config.image_column]
+        worded, unread = [], dict.fromkeys(self.dataset.column_names)  # whose names alone are told
+        for i, row in enumerate(self.dataset.select_columns(needed)):
             texts = [text for name in self.caption_columns for text in self._texts(row[name], name, i)]
-            worded.append([text for text in self.wording(row, texts) if text] or [""])
+            fields = {**unread, **row}
+            worded.append([text for text in self.wording(fields, texts) if text] or [""])
         return worded
 
     def _texts(self, value: Any, column: str, index: int) -> list[str]:
@@ -161,23 +181,27 @@ def unreachable(config: HubSection, error: Exception) -> UserError:
 
 
 def picture_folder(config: HubSection) -> Path | None:
-    """Return the folder of a set that is pictures on disk (the split's own, where it has one); None for any other set.
+    """Return the folder of a set that is pictures on disk, or of the split that is asked for; None for any other set.
 
-    Such a folder is read by `FolderSource`: `datasets` would take splits from file names.
+    Such a folder is read by `FolderSource`: `datasets` would take splits from names. All of it is taken, unless a split
+    other than the default is named, which must be a folder in it.
 
     Raises:
-        UserError: it has folders for other splits only.
+        UserError: it has no folder of that split's name.
     """
     folder = Path(config.path).expanduser()
     if not folder.is_dir() or _declares_files(folder / "README.md"):
         return None
     if any(path.name != "metadata.parquet" for path in folder.glob("**/*.parquet")):
         return None
-    splits = [name for name in SPLIT_FOLDERS if (folder / name).is_dir()]
-    if splits and not (folder / config.split).is_dir():
-        raise UserError(f"{folder} has no split '{config.split}' (data.split); it has: {', '.join(splits)}")
-    pictures = folder / config.split if splits else folder
-    return pictures if any(path.suffix.lower() in PICTURES for path in pictures.rglob("*")) else None
+    if not any(path.suffix.lower() in PICTURES for path in folder.rglob("*")):
+        return None
+    if config.split == "train":  # the default, which says nothing
+        return folder
+    if not (folder / config.split).is_dir():
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
+        raise UserError(f"{folder} has no split '{config.split}' (data.split): of folders it has {there}")
+    return folder / config.split
 
 
 def _declares_files(card: Path) -> bool:

@@ -4,6 +4,7 @@ B batch, H W pixels, C channels: 1 grey, 3 RGB, 4 RGBA.
 """
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -23,6 +24,8 @@ Colour = tuple[int, int, int]
 
 WHITE: Colour = (255, 255, 255)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Said here once and for all, since filters are not a thread's own: the limit is checked, with a reason.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 MOST_PIXELS = 89_478_485  # where Pillow begins to warn: a picture of so many takes a gigabyte on its way
 
 # The common ones first, the rest is imported when the first of them is met. Not EPS and its like, which start another

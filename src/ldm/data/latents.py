@@ -8,9 +8,11 @@ N pictures, V views of each, B batch, C latent channels, W H pixels, h w latents
 
 import hashlib
 import json
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -174,12 +176,13 @@ def _rounded(values: Tensor, dtype: torch.dtype, told: Sequence[str]) -> Tensor:
 
 
 def _ahead(function: Callable[[Any], T], arguments: Iterable[Any]) -> Iterator[T]:
-    """Give function(argument) of each; the next one is worked on in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
+    """Give function(argument) of each, in order; the next few are worked on in threads meanwhile."""
+    num_threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        coming: deque[Future[T]] = deque()
         for argument in arguments:
-            ready, coming = coming, pool.submit(function, argument)
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
+            coming.append(pool.submit(function, argument))
+            if len(coming) > num_threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

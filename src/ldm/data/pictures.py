@@ -96,7 +96,10 @@ class Pictures(Dataset[dict[str, Any]]):
         """How many views a cache keeps of each picture."""
         if self.fixed or (self.crop == "centre" and not self.flip):
             return 1
-        return 2 if self.crop == "centre" else max(self.variants, 2)
+        if self.crop == "centre":
+            return 2
+        num = max(self.variants, 2)
+        return num + num % 2 if self.flip else num  # half of them are mirrored
 
     @property
     def transform(self) -> dict[str, Any]:

@@ -95,19 +95,21 @@ def recalled(
     def ask(file: tuple[str, str]) -> None:
         known[file] = action(file[0])
         if kept is not None:
-            append_line(kept, json.dumps([*file, known[file]]))
+            add_line(kept, json.dumps([*file, known[file]]))
 
     if kept is not None and content and not content.endswith(b"\n"):
-        append_line(kept, "")
+        add_line(kept, "")
     files = list(zip(urls, states, strict=True))
     if unknown := [file for file in files if file not in known]:
         each(ask, unknown, label, "files")
     return [known[file] for file in files]
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file in one piece, so that several processes may do it."""
+def add_line(path: Path, line: str) -> None:
+    """Add a line that is not there yet to a file, in one piece, so that several processes may do it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        return
     number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(number, f"{line}\n".encode("utf-8", "backslashreplace"))
@@ -129,7 +131,8 @@ def state(url: str) -> str:
 
 
 def local_state(status: os.stat_result) -> str:
-    return f"{status.st_size} {status.st_mtime_ns}"
+    # A copy may keep the size and time of what it takes the place of; the time of change is the system's own.
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _remote_state(url: str) -> str:

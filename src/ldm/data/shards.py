@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ldm.config import ShardsSection
 from ldm.data.images import Pixels
-from ldm.data.index import look_at
+from ldm.data.index import check_unchanged, look_at
 from ldm.data.remote import Copies, copy_file, digest_of, each, is_local, patiently, state
 from ldm.data.tar import ShardError, TarShard
 from ldm.errors import UserError
@@ -140,7 +140,9 @@ class TarSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return {"image": self.decode(self._encoded(index)), "captions": self._captions[index]}
+            encoded = self._encoded(index)
+            check_unchanged(encoded, self.index, index)
+            return {"image": self.decode(encoded), "captions": self._captions[index]}
         except UserError as error:
             raise UserError(f"{self.index.names[index]}: {error}") from error
 

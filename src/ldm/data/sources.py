@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ldm.config import CustomSection, Data, FolderSection, HubSection, MixData, ShapesData, ShardsSection, Wording
 from ldm.data.folder import FolderSource
 from ldm.data.hub import HubSource, picture_folder
-from ldm.data.images import Pixels, decode
+from ldm.data.images import WHITE, Colour, Pixels, decode, to_channels
 from ldm.data.index import Index
 from ldm.data.order import ShardShuffle, Shuffle, WeightedShuffle
 from ldm.data.shapes import Shapes
@@ -23,6 +23,7 @@ from ldm.data.shards import TarSource
 from ldm.data.stream import Stream, hold_out, open_stream
 from ldm.errors import UserError
 from ldm.files import file_written_atomically
+from ldm.ranks import say_once
 
 
 class Source(Protocol):
@@ -70,12 +71,12 @@ def open_sources(
         return train, val
     # A picture that is scaled down by half at least looks the same: its file may be decoded at that scale.
     read = partial(decode, channels=channels, background=data.background, at_least=2 * data.resolution)
-    if report is not None:
-        report.unlink(missing_ok=True)
     if isinstance(data, HubSection | ShardsSection) and data.streaming:
         stream = open_stream(data, read, cache, data.max_bad, report)
         _check_num_val(len(stream), data.num_val)
         return hold_out(stream, data.num_val)
+    if report is not None:
+        report.unlink(missing_ok=True)
     whole: Source
     if isinstance(data, MixData):
         parts = {name: open_source(part, read, cache) for name, part in data.sources.items()}
@@ -86,9 +87,9 @@ def open_sources(
     _check_captions(whole, data.max_bad)
     _check_num_val(len(whole), data.num_val)
     order = np.random.default_rng(0).permutation(len(whole))
-    reading = f"{channels} channels over {data.background}"
-    held_out, kept = np.sort(order[: data.num_val]), np.sort(order[data.num_val :])
-    return Subset(whole, kept, reading), Subset(whole, held_out, reading)
+    cuts = (np.sort(order[data.num_val :]), np.sort(order[: data.num_val]))
+    kept, held_out = (Subset(whole, cut, channels, data.background) for cut in cuts)
+    return kept, held_out
 
 
 def known(source: Any) -> Index | None:
@@ -111,6 +112,11 @@ def known(source: Any) -> Index | None:
     return getattr(source, "index", None)
 
 
+def content(source: Any) -> str:
+    """Return a hash of a whole set, whichever part of it a source is and however its pictures are decoded."""
+    return source.source.fingerprint() if isinstance(source, Subset) else source.fingerprint()
+
+
 def training_order(source: Source | Stream, seed: int) -> Shuffle | WeightedShuffle | ShardShuffle:
     """Return the order in which a source's pictures are trained on."""
     if isinstance(source, Stream):
@@ -129,17 +135,23 @@ class Subset:
     Args:
         source: the whole.
         indices: which of its pictures.
-        reading: how they are decoded, as a part of the fingerprint.
+        channels, background: how they are decoded, as a part of the fingerprint; what a source of the user's own gives
+            is brought to it. None leaves them as they are.
     """
 
-    def __init__(self, source: Source, indices: NDArray[np.int64], reading: str = "") -> None:
-        self.source, self.indices, self.reading = source, indices, reading
+    def __init__(
+        self, source: Source, indices: NDArray[np.int64], channels: int | None = None, background: Colour = WHITE
+    ) -> None:
+        self.source, self.indices, self.channels, self.background = source, indices, channels, background
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[int(self.indices[index])]
+        item = self.source[int(self.indices[index])]
+        if self.channels is None:
+            return item
+        return {**item, "image": to_channels(item["image"], self.channels, self.background)}
 
     def captions(self) -> Sequence[Sequence[str]]:
         captions = self.source.captions()
@@ -149,7 +161,8 @@ class Subset:
         return self.source.sizes()[self.indices]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.source.fingerprint()} {self.reading}".encode())
+        reading = f"{self.channels} channels over {tuple(self.background)}"
+        digest = hashlib.sha256(f"{self.source.fingerprint()} {reading}".encode())
         digest.update(np.ascontiguousarray(self.indices, dtype="<i8").tobytes())
         return digest.hexdigest()
 
@@ -242,8 +255,7 @@ def _without_faults(sources: Mapping[str, Any], max_bad: float, report: Path | N
             f"{told}, and data.max_bad={max_bad:g} allows {max_bad:.1%}{listed}:\n{examples}\n"
             "Mend or remove them, or allow more with data.max_bad=…"
         )
-    if report is not None:
-        print(f"  {told} and are left out{listed}", flush=True)
+    say_once(f"  {told} and are left out{listed}")
     return [
         Subset(source, np.flatnonzero([not fault for fault in indexes[label].faults])) if label in indexes else source
         for label, source in sources.items()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ldm.config import HubSection, ShardsSection
 from ldm.data.images import Pixels
 from ldm.data.parquet import RowGroups
-from ldm.data.remote import Copies, append_line, copy_file, each, is_local, open_file, patiently, recalled, state
+from ldm.data.remote import Copies, add_line, copy_file, each, is_local, open_file, patiently, recalled, state
 from ldm.data.shards import find_shards
 from ldm.data.tar import ShardError, TarShard
 from ldm.errors import UserError
@@ -169,7 +169,7 @@ class Stream:
         told = name if name.isprintable() else repr(name)
         self._bad[number, sample] = f"{told}: {fault}"
         if self.report is not None:
-            append_line(self.report, f"{told}\t{' '.join(fault.split())}")
+            add_line(self.report, f"{told}\t{' '.join(fault.split())}")
         self._count()
 
     def _count(self, empty: bool = False) -> None:

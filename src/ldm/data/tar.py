@@ -17,11 +17,10 @@ import numpy as np
 
 from ldm.config import ShardsSection
 from ldm.data.captions import Wording
-from ldm.data.remote import local_state
 from ldm.errors import UserError
 from ldm.files import file_written_atomically, parse_json
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 """Extensions of pictures; the first of them that a sample has is its picture."""
 
 Member = tuple[str, int, int]
@@ -183,7 +182,8 @@ class _Handle:
     def __init__(self, path: Path) -> None:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY)
-        self.state = local_state(os.fstat(self.number))
+        status = os.fstat(self.number)
+        self.state = (status.st_size, status.st_mtime_ns)  # a copy's time of change tells when it was last used
 
     def __del__(self) -> None:
         if self.number >= 0:

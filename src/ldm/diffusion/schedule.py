@@ -221,10 +221,12 @@ class NoiseSchedule:
         Raises:
             ValueError: `noise` is not of x_0's shape, or `t` is not (B,) int64 in [0, T).
         """
-        if noise.shape != x_0.shape:
-            raise ValueError(f"noise must have x_0's shape {tuple(x_0.shape)}; it has {tuple(noise.shape)}")
-        alpha, sigma = self.coefficients(t, x_0)
-        return (alpha * x_0 + sigma * noise).to(x_0.dtype)
+        return _mixed(x_0, noise, *self.coefficients(t, x_0))
+
+    def timesteps(self, time: Tensor) -> Tensor:
+        """Give the timesteps, int64 in [0, T), of times in [0, 1], which they divide into T equal parts."""
+        # time · T can round up to T, which lies outside.
+        return (time * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def alpha(self, sigma: float) -> float:
         """Give the alpha of x_t = alpha (x_0 + sigma·ε) at a noise level: alpha² + (alpha sigma)² = 1."""
@@ -303,6 +305,55 @@ class FlowSchedule:
         """Shift times in [0, 1] by arXiv:2403.03206 Eq. 23:  s' = shift s / (1 + (shift - 1) s)."""
         return self.shift * s / (1 + (self.shift - 1) * s)
 
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Give alpha = 1 - s and sigma = s at t = s·T, one pair per sample (arXiv:2403.03206 Eq. 13).
+
+        Args:
+            t: (B,) floating point in [0, T].
+            like: (B, C, h, w); gives the device, and float64 if it is that.
+
+        Returns:
+            Two (B, 1, 1, 1) tensors, at least float32.
+
+        Raises:
+            ValueError: `t` is not (B,) floating point, or (where looking costs nothing: on the CPU) leaves [0, T].
+        """
+        if t.shape != like.shape[:1] or not t.is_floating_point():
+            raise ValueError(
+                f"t must be floating point of shape ({len(like)},), one time per sample; "
+                f"it is {t.dtype} of shape {tuple(t.shape)}"
+            )
+        if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_train_timesteps)).all():
+            raise ValueError(
+                f"t holds times from {float(t.min())} to {float(t.max())}; "
+                f"this flow has 0 to {self.num_train_timesteps}"
+            )
+        s = t.to(like.device, torch.promote_types(like.dtype, torch.float32)) / self.num_train_timesteps
+        s = rearrange(s, "b -> b 1 1 1")
+        return 1 - s, s
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Go from x_0 towards the noise on a straight path.
+
+        Rectified flow (arXiv:2209.03003 Eq. 1, with time running to noise):  x_t = (1 - s) x_0 + s ε, s = t / T.
+
+        Args:
+            x_0: (B, C, h, w) scaled latents.
+            noise: (B, C, h, w) ε ~ N(0, I); the caller owns the randomness.
+            t: (B,) floating point in [0, T].
+
+        Returns:
+            (B, C, h, w) in x_0's dtype.
+
+        Raises:
+            ValueError: `noise` is not of x_0's shape, or `t` is not (B,) floating point in [0, T].
+        """
+        return _mixed(x_0, noise, *self.coefficients(t, x_0))
+
+    def timesteps(self, time: Tensor) -> Tensor:
+        """Give t = s·T, float32, of times s in [0, 1]: the network learns at all of them, not at T only."""
+        return (time * self.num_train_timesteps).float()
+
     def alpha(self, sigma: float) -> float:
         """Give the alpha of x_t = alpha (x_0 + sigma·ε) at a noise level: alpha + alpha sigma = 1."""
         return 1 / (1 + sigma)
@@ -329,6 +380,12 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule | FlowSched
     schedule = NoiseSchedule.from_config(config)
     check_prediction_type(prediction_type or "epsilon", schedule.zero_terminal_snr)
     return schedule
+
+
+def _mixed(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    if noise.shape != x_0.shape:
+        raise ValueError(f"noise must have x_0's shape {tuple(x_0.shape)}; it has {tuple(noise.shape)}")
+    return (alpha * x_0 + sigma * noise).to(x_0.dtype)
 
 
 def _refuse_others(config: Mapping[str, Any], **supported: Any) -> None:

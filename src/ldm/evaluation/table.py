@@ -1,4 +1,4 @@
-"""The table of prompt accuracy, from the figures in `evaluation.json`: `python -m ldm.evaluation.table FILE`."""
+"""The tables of what was measured, from the figures in `evaluation.json`: `python -m ldm.evaluation.table FILE`."""
 
 import json
 import sys
@@ -9,11 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+WIDTH = 110
+
 
 def print_table(results: Mapping[str, Any]) -> None:
     """Print what `prompt_accuracy` measured: a row for each kind of pair and guidance, and the ceiling."""
     attributes = list(results["ceiling"])
-    table = Table(title=f"prompt accuracy, {results['num_prompts']} held-out prompts a row, {results['steps']} steps")
+    steps = results["steps"]
+    told = ", ".join(map(str, steps)) if isinstance(steps, list) else steps
+    table = Table(title=f"prompt accuracy, {results['num_prompts']} held-out prompts a row, {told} steps")
     table.add_column("(shape, colour) pairs")
     table.add_column("guidance", justify="right")
     for attribute in attributes:
@@ -21,8 +25,36 @@ def print_table(results: Mapping[str, Any]) -> None:
     rows = [(pairs, name, row) for pairs, by_scale in results["pairs"].items() for name, row in by_scale.items()]
     for pairs, name, row in [*rows, ("VAE reconstruction (ceiling)", "", results["ceiling"])]:
         table.add_row(pairs, name.removeprefix("guidance "), *(f"{row[attribute]:.1%}" for attribute in attributes))
-    Console(width=110).print(table)
+    Console(width=WIDTH).print(table)
+
+
+def print_figures(results: Mapping[str, Any]) -> None:
+    """Print what the other metrics measured: a row for each setting, and of what draws nothing a line."""
+    swept = {name: found for name, found in results.items() if isinstance(found, Mapping) and "values" in found}
+    if swept:
+        first = next(iter(swept.values()))["values"]
+        table = Table(title="drawn pictures of held-out prompts")
+        for name in ("steps", "guidance", *swept):
+            table.add_column(name, justify="right")
+        for i, row in enumerate(first):
+            figures = (f"{found['values'][i]['value']:.4g}" for found in swept.values())
+            table.add_row(f"{row['steps']}", f"{row['guidance_scale']:g}", *figures)
+        for reference in ("floor", "real", "expected"):
+            if any(reference in found for found in swept.values()):
+                figures = (f"{found[reference]:.4g}" if reference in found else "" for found in swept.values())
+                table.add_row(REFERENCES[reference], "", *figures)
+        Console(width=WIDTH).print(table)
+    for name in ("reconstruction", "retrieval"):
+        if name in results:
+            figures = (f"{key} {value:.4g}" for key, value in results[name].items() if isinstance(value, float))
+            print(f"{name}: {', '.join(figures)}")
+
+
+REFERENCES = {"floor": "other real pictures", "real": "held-out pictures", "expected": "held-out pictures, by chance"}
 
 
 if __name__ == "__main__":
-    print_table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["prompt_accuracy"])
+    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if "prompt_accuracy" in found:
+        print_table(found["prompt_accuracy"])
+    print_figures(found)

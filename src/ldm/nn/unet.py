@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.nn.blocks import ACTIVATIONS, Downsample, ResBlock, TimestepEmbedding, Upsample, timestep_embedding
 from ldm.nn.config import UNET_INERT, UNET_OFF, choose, per_level, plain_options, read_config
@@ -162,6 +163,7 @@ class UNet(nn.Module):
         depths = per_level("UNet", "transformer_layers_per_block", transformer_layers_per_block, num_levels)
         time_dim = 4 * channels[0]
         self.act = ACTIVATIONS[act_fn]
+        self.gradient_checkpointing = False  # True: keep less for the backward pass, and compute it again there
 
         res_block = partial(
             ResBlock,
@@ -275,11 +277,12 @@ class UNet(nn.Module):
 
         x = self.conv_in(x_t)
         skips = [x]
+        run = _checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _run
         for block in self.down_blocks:
-            x = block(x, emb, context, skips)
+            x = run(block, x, emb, context, skips)
         x = self.mid_block(x, emb, context)
         for block in self.up_blocks:
-            x = block(x, emb, context, skips)
+            x = run(block, x, emb, context, skips)
         return self.conv_out(self.act(self.conv_norm_out(x)))
 
     def check_shapes(self, x_t: Tensor, t: Tensor, context: Tensor) -> None:
@@ -297,6 +300,22 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: t must be ({len(x_t)},) or 0-d, got {tuple(t.shape)}")
         if context.ndim != 3 or len(context) != len(x_t) or context.shape[2] != dim:
             raise ValueError(f"UNet: context must be ({len(x_t)}, L, {dim}), got {tuple(context.shape)}")
+
+
+def _run(block: nn.Module, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    out: Tensor = block(x, emb, context, skips)
+    return out
+
+
+def _checkpointed(block: nn.Module, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    """Run a block of the way down or up, keeping its inputs alone (arXiv:1604.06174); what it does to `skips` too."""
+
+    def again(x: Tensor, emb: Tensor, context: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
+        after = list(before)  # the block takes from it and adds to it: each time anew
+        return block(x, emb, context, after), *after
+
+    x, *skips[:] = checkpoint(again, x, emb, context, *skips, use_reentrant=False)
+    return x
 
 
 def check_options(config: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +20,24 @@ from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor
 
 from ldm.conditioner import Conditioner, train_tokenizer
-from ldm.config import Stage, TrainConfig
+from ldm.config import STAGES, Stage, TrainConfig
 from ldm.data.datamodule import DataModule
 from ldm.data.images import Pixels, to_pixels
 from ldm.data.order import Pick, Shuffle
 from ldm.data.pictures import Pictures
 from ldm.data.sources import known
+from ldm.data.stream import Stream
 from ldm.data.survey import Finding, Level, survey_captions, survey_duplicates, survey_sizes
+from ldm.errors import UserError
 from ldm.gallery import grid, save_png
 from ldm.nn.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm.training import fit
+from ldm.training import feed, fit
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
 from ldm.training.clip import ClipModule
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.module import StageModule
-from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, load_conditioner, load_vae
-from ldm.training.stages import is_done, stage_steps
+from ldm.training.networks import build_clip, build_schedule, build_unet, load_conditioner, load_vae
+from ldm.training.stages import check_stages, is_done, stage_steps
 
 STEPS = 4  # of each measurement; the first warms up
 MEASURED = 256  # pictures that latents are measured on
@@ -56,18 +59,23 @@ def examine(config: TrainConfig) -> bool:
         Whether something would ruin the run.
 
     Raises:
-        UserError: the set, a network or an encoder cannot be opened at all.
+        UserError: a network or an encoder cannot be opened at all.
     """
     report = Report()
+    _try_the_door(config, report)
     # Everything is to be shown, so that nothing may end the look.
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"max_bad": 1.0})})
-    vae = load_vae(config) if _exists(config, "autoencoder") else build_vae(config)
-    squares, held_out = fit.open_pictures(lenient, vae.config["in_channels"])
+    vae = load_vae(config) if _exists(config, "autoencoder") else fit.first_vae(config)
+    try:
+        squares, held_out = feed.open_pictures(lenient, vae.config["in_channels"])
+    except UserError as error:
+        report.add(Finding("pictures", str(error), "ruin"), *_broken(config, 0))
+        return report.conclude()
     conditioner = _conditioner(config, squares)
     unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
-    buckets = fit.find_buckets(config, vae, unet)
-    train = fit.training_views(config, squares.source, buckets)
-    val = fit.validation_views(config, held_out.source, buckets)
+    buckets = feed.find_buckets(config, vae, unet)
+    train = feed.training_views(config, squares.source, buckets)
+    val = feed.validation_views(config, held_out.source, buckets)
     _survey(config, train, val, conditioner, report)
     report.add(Finding("samples", str(_sheet(config, train))))
     device = torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
@@ -79,6 +87,17 @@ def examine(config: TrainConfig) -> bool:
     networks = _measure_steps(config, squares, train, vae, conditioner, report)
     _weigh(config, train, vae, conditioner, networks, report)
     return report.conclude()
+
+
+def _try_the_door(config: TrainConfig, report: "Report") -> None:
+    """Tell what would stop this run before it begins: a missing result, a network that cannot be."""
+    missing = [stage for stage in STAGES if stage in config.stages and not is_done(config, stage)]
+    try:
+        if "diffusion" in missing:
+            check_stages(config)
+        fit.check_at_the_door(config, missing)
+    except UserError as error:
+        report.add(Finding("config", str(error), "ruin"))
 
 
 class Report:
@@ -108,14 +127,7 @@ class Report:
 
 def _survey(config: TrainConfig, train: Pictures, val: Pictures, conditioner: Conditioner, report: Report) -> None:
     report.add(Finding("pictures", f"{len(train):,} to train on, {len(val):,} held out"))
-    quarantine = Path(config.run_dir) / "quarantine.txt"
-    bad = quarantine.read_text(encoding="utf-8").splitlines() if quarantine.exists() else []
-    if bad:
-        share = len(bad) / (len(train) + len(val) + len(bad))
-        level: Level = "ruin" if share > config.data.max_bad else "warning"
-        examples = "".join(f"\n                  {line.replace(chr(9), ': ')}" for line in bad[:5])
-        text = f"{len(bad)} pictures ({share:.1%}) cannot be used, see {quarantine}:{examples}"
-        report.add(Finding("broken", text, level))
+    report.add(*_broken(config, _met(train) + len(val)))
     mine, held_out = known(train.source), known(val.source)
     names: list[str] = []
     if mine is not None and held_out is not None:
@@ -128,8 +140,9 @@ def _survey(config: TrainConfig, train: Pictures, val: Pictures, conditioner: Co
             report.add(*(Finding("", line) for line in lines))
         likenesses = np.concatenate([mine.likenesses, held_out.likenesses])
         report.add(*survey_duplicates(mine.digests + held_out.digests, likenesses, names))
-        if shared := set(mine.digests) & set(held_out.digests):
-            text = f"{len(shared)} held-out pictures are in the training set too: validation flatters"
+        trained_on = set(mine.digests)
+        if shared := sum(digest in trained_on for digest in held_out.digests):
+            text = f"{shared} held-out pictures are in the training set too: validation flatters"
             report.add(Finding("duplicates", text, "warning"))
     captions = [*train.captions, *val.captions]
     names = names or [f"picture {i}" for i in range(len(captions))]
@@ -140,10 +153,34 @@ def _survey(config: TrainConfig, train: Pictures, val: Pictures, conditioner: Co
         report.add(Finding("batches", text, "warning"))
 
 
+def _met(pictures: Pictures) -> int:
+    """Return how many pictures were looked at: of a stream the first, which are looked at here."""
+    if not isinstance(pictures.source, Stream):
+        return len(pictures)
+    num = min(len(pictures), MEASURED)
+    for i in range(num):
+        with suppress(UserError):  # none of its shard can be used: each of them is in the quarantine by now
+            pictures.source[i]
+    return num
+
+
+def _broken(config: TrainConfig, good: int) -> list[Finding]:
+    """Tell of the pictures in the quarantine, beside so many that are good."""
+    quarantine = Path(config.run_dir) / "quarantine.txt"
+    bad = quarantine.read_text(encoding="utf-8").splitlines() if quarantine.exists() else []
+    if not bad:
+        return []
+    share = len(bad) / (good + len(bad))
+    level: Level = "ruin" if share > config.data.max_bad else "warning"
+    examples = "".join(f"\n{'':16}{line.replace(chr(9), ': ')}" for line in bad[:5])
+    return [Finding("broken", f"{len(bad)} pictures ({share:.1%}) cannot be used, see {quarantine}:{examples}", level)]
+
+
 def _sheet(config: TrainConfig, train: Pictures, num: int = 16) -> Path:
     """Save samples, spread evenly over the set, as the model will see them in the first epoch, with their captions."""
     num = min(num, len(train))
-    items = [train.__getitems__([(i * len(train) // num, 0)]) for i in range(num)]
+    apart = 1 if isinstance(train.source, Stream) else len(train) // num  # each shard of a stream may be far away
+    items = [train.__getitems__([(i * apart, 0)]) for i in range(num)]
     pixels = [to_pixels(item["image"])[0] for item in items]
     height, width = (max(image.shape[axis] for image in pixels) for axis in (0, 1))
     path = Path(config.run_dir) / "doctor.png"
@@ -165,8 +202,8 @@ def _framed(image: Pixels, height: int, width: int) -> Pixels:
 
 
 def _exists(config: TrainConfig, stage: Stage) -> bool:
-    part = config.vae if stage == "autoencoder" else config.text_encoder
-    return bool(part.pretrained) or is_done(config, stage)
+    pretrained = config.frozen_vae if stage == "autoencoder" else config.text_encoder.pretrained
+    return bool(pretrained) or is_done(config, stage)
 
 
 def _conditioner(config: TrainConfig, pictures: Pictures) -> Conditioner:
@@ -181,7 +218,7 @@ def _conditioner(config: TrainConfig, pictures: Pictures) -> Conditioner:
 
 @torch.inference_mode()
 def _measure_latents(vae: AutoencoderKL, pictures: Pictures, report: Report) -> None:
-    mean, std = latent_statistics(vae, pictures, fit.ENCODE_BATCH, most=MEASURED)
+    mean, std = latent_statistics(vae, pictures, feed.ENCODE_BATCH, most=MEASURED)
     text = ", ".join(f"{m:+.2f} ± {s:.2f}" for m, s in zip(mean.tolist(), std.tolist(), strict=True))
     off = max(mean.abs().max().item(), std.log2().abs().max().item())  # in deviations, and in factors of two
     level: Level = "note" if off < 0.5 else "warning" if off < 2 else "ruin"
@@ -217,23 +254,27 @@ def _measure_steps(
             seconds += cost.seconds * stage_steps(config, stage) if cost else 0
             continue
         shapes, counts = np.unique(train.view_sizes, axis=0, return_counts=True)
-        total = 0.0
+        total, num_batches, batch_size = 0.0, 0, config.data.batch_size
         for shape, count in zip(shapes, counts, strict=True):
             members = np.flatnonzero((train.view_sizes == shape).all(1))
             dataset: Any = _Only(train, members)
             if config.data.cache:
-                dataset, encoding = _encoded(train, members, vae, conditioner, config.data.batch_size)
+                dataset, encoding = _encoded(train, members, vae, conditioner, batch_size)
                 seconds += encoding * count * train.num_variants
-            cost = _step(config, module, dataset, config.data.batch_size, shape, report)
-            total += cost.seconds * count / len(train) if cost else 0
-        seconds += total * config.trainer.accumulate_grad_batches * config.trainer.max_steps
+            if len(shapes) > 1 and count < batch_size:
+                text = f"{shape[0]}×{shape[1]} has {count} pictures, which fill a batch of {batch_size} again and again"
+                report.add(Finding("batches", text, "warning"))
+            cost = _step(config, module, dataset, batch_size, shape, report)
+            batches = -(-count // batch_size)
+            total, num_batches = total + (cost.seconds * batches if cost else 0), num_batches + batches
+        seconds += total / num_batches * config.trainer.accumulate_grad_batches * config.trainer.max_steps
     report.add(Finding("length", f"about {_duration(seconds)} in all, without validation and sample grids"))
     return networks
 
 
 def _module(config: TrainConfig, stage: Stage, vae: Any, conditioner: Conditioner) -> StageModule:
     if stage == "autoencoder":
-        return AutoencoderModule(build_vae(config), config.autoencoder, config.seed)
+        return AutoencoderModule(fit.first_vae(config), config.autoencoder, config.seed)
     if stage == "clip":
         clip = build_clip(config, conditioner.tokenizer)
         return ClipModule(clip, conditioner.tokenizer, conditioner.max_length, config.clip, config.seed)

@@ -11,31 +11,41 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
-from ldm.conditioner import Conditioner, num_truncated, train_tokenizer
+from ldm.conditioner import train_tokenizer
 from ldm.config import Stage, TrainConfig
-from ldm.data.buckets import Buckets
-from ldm.data.cache_reader import CachedLatents
 from ldm.data.datamodule import DataModule
-from ldm.data.latents import cached_latents, encoders_digest
-from ldm.data.pictures import Pictures
-from ldm.data.sources import open_sources, training_order
 from ldm.errors import UserError
 from ldm.files import written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
-from ldm.nn.unet import UNet
+from ldm.ranks import say
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
 from ldm.training.checkpointing import AtomicCheckpointIO, last_checkpoint_callback, read_header
 from ldm.training.clip import ClipModule
 from ldm.training.diffusion import DiffusionModule
+from ldm.training.failures import explaining_want_of_memory
+from ldm.training.feed import (
+    ENCODE_BATCH,
+    find_buckets,
+    make_datamodule,
+    open_cache,
+    open_pictures,
+    say_what_is_cut,
+    warn_of_other_pictures,
+)
 from ldm.training.loggers import MetricsCSV
 from ldm.training.module import StageModule
 from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, check_networks, load_frozen
 from ldm.training.optim import build_optimizer
-from ldm.training.stages import PARTS, is_done, main_process, record_result, stage_inputs, stage_steps
+from ldm.training.posthoc import SaveAverages
+from ldm.training.stages import (
+    PARTS,
+    is_done,
+    record_result,
+    stage_inputs,
+    stage_steps,
+)
 from ldm.weights.folder import save_network, save_pipeline_index
-
-ENCODE_BATCH = 64
-CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from ldm.weights.model import load_part
 
 Begin = Callable[[], None]  # called once all that can be wrong with a config has been looked at
 
@@ -57,22 +67,45 @@ def check_at_the_door(config: TrainConfig, stages: Sequence[Stage]) -> None:
 
 
 def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> float | None:
-    """Train the VAE, fold its latent statistics into it, and write `vae/` into `place`."""
-    vae = build_vae(config)
+    """Train the VAE, fold its latent statistics into it, and write `vae/` into `place`.
+
+    One that begins with pretrained weights is a result like any other; where its decoder alone is trained, its latents
+    keep the statistics that they are known for.
+    """
+    vae = first_vae(config)
+    adversary = config.autoencoder.discriminator
+    if adversary and adversary.start >= config.autoencoder.max_steps:
+        say(f"  autoencoder.discriminator.start={adversary.start} comes after the last step: there will be none")
     train, val = open_pictures(config, vae.config["in_channels"])
     module = AutoencoderModule(vae, config.autoencoder, config.seed)
-    trainer = _fit(config, module, _datamodule(config, train, val, config.autoencoder.batch_size), begin)
+    feed = make_datamodule(config, train, val, config.autoencoder.batch_size)
+    trainer = _fit(config, module, feed, begin)
     if trainer.is_global_zero and not is_done(config, "autoencoder"):  # another run may have been faster
         vae = module.evaluated.to(trainer.strategy.root_device).eval()
-        try:
-            vae.fold_latent_statistics(*latent_statistics(vae, train, ENCODE_BATCH))
-        except ValueError as error:
-            raise UserError(f"training the VAE failed, try a lower autoencoder.optim.lr: {error}") from error
+        if config.autoencoder.train == "all":
+            try:
+                vae.fold_latent_statistics(*latent_statistics(vae, train, ENCODE_BATCH))
+            except ValueError as error:
+                raise UserError(f"training the VAE failed, try a lower autoencoder.optim.lr: {error}") from error
         with written_atomically(place) as folder:
             save_network(vae, folder / "vae")
-            record_result(config, "autoencoder", folder)
+            record_result(config, "autoencoder", folder, feed.content)
     trainer.strategy.barrier()
     return _validation_loss(trainer, module)
+
+
+def first_vae(config: TrainConfig) -> AutoencoderKL:
+    """Build the VAE that the stage begins with: a fresh one, or a pretrained one to go on from."""
+    if config.vae.pretrained is None:
+        return build_vae(config)
+    vae = load_part(AutoencoderKL, config.vae.pretrained, option="vae.pretrained")
+    if config.data.resolution % vae.downscale_factor:
+        raise UserError(
+            f"data.resolution={config.data.resolution} must be a multiple of {vae.downscale_factor}, by which "
+            f"vae.pretrained={config.vae.pretrained} makes pictures smaller"
+        )
+    say(f"  going on from {config.vae.pretrained}, autoencoder.train={config.autoencoder.train}")
+    return vae
 
 
 def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> float | None:
@@ -84,13 +117,14 @@ def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> float | None:
     clip = build_clip(config, tokenizer)
     max_length = clip.config["text_config"]["max_position_embeddings"]
     module = ClipModule(clip, tokenizer, max_length, config.clip, config.seed)
-    trainer = _fit(config, module, _datamodule(config, train, val, config.clip.batch_size), begin)
+    feed = make_datamodule(config, train, val, config.clip.batch_size)
+    trainer = _fit(config, module, feed, begin)
     if trainer.is_global_zero and not is_done(config, "clip"):
         with written_atomically(place) as folder:
             save_network(clip, folder / "clip")
             save_network(clip.text_model, folder / "text_encoder")
             tokenizer.save_pretrained(folder / "tokenizer")
-            record_result(config, "clip", folder)
+            record_result(config, "clip", folder, feed.content)
     trainer.strategy.barrier()
     return _validation_loss(trainer, module)
 
@@ -106,23 +140,28 @@ def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> float | Non
         unet, schedule, config.diffusion, config.optim, config.trainer.max_steps, config.seed,
         vae, conditioner, config.sampling, prompts,
     )  # fmt: skip
-    trainer = build_trainer(config, module)
+    averages = (
+        [SaveAverages(config.diffusion.posthoc_ema, Path(config.run_dir))] if config.diffusion.posthoc_ema else []
+    )
+    trainer = build_trainer(config, module, *averages)
     if trainer.is_global_zero:
-        _say_what_is_cut(config, train, conditioner)
+        say_what_is_cut(config, train, conditioner, trainer.world_size)
     datasets: tuple[Any, Any] = (train, val)
     if config.data.cache:
         device, num_readers = trainer.strategy.root_device, trainer.num_devices
-        datasets = _cached(config, train, val, vae, conditioner, device, num_readers)
-    _fit(config, module, _datamodule(config, *datasets, config.data.batch_size, train), begin, trainer)
+        datasets = open_cache(config, train, val, vae, conditioner, device, num_readers)
+    feed = make_datamodule(config, *datasets, config.data.batch_size, train)
+    warn_of_other_pictures(config, feed.content)
+    _fit(config, module, feed, begin, trainer)
     if trainer.is_global_zero:
-        if config.vae.pretrained:
+        if config.frozen_vae:
             save_network(vae, place / "vae")
         if config.text_encoder.pretrained:
             save_network(conditioner.text_tower, place / "text_encoder")
             conditioner.tokenizer.save_pretrained(place / "tokenizer")
         save_network(module.evaluated, place / PARTS["diffusion"])
         save_pipeline_index(place, schedule, config.diffusion.prediction_type, config.sampling.model_dump())
-        record_result(config, "diffusion", place)
+        record_result(config, "diffusion", place, feed.content)
     trainer.strategy.barrier()
     return _validation_loss(trainer, module)
 
@@ -135,86 +174,6 @@ FIT: Mapping[Stage, Callable[[TrainConfig, Path, Begin], float | None]] = {
 
 
 # -------------------------------------------------------------------------------------------------------- training
-
-
-def open_pictures(config: TrainConfig, channels: int = 3, buckets: Buckets | None = None) -> tuple[Pictures, Pictures]:
-    """Open the training and the validation pictures as a stage sees them: squares, or of the buckets' sizes.
-
-    Raises:
-        UserError: see `open_sources`.
-    """
-    report = Path(config.run_dir) / "quarantine.txt" if main_process() else None
-    cache = Path(config.output_dir) / "cache" / "indexes"
-    sources: Any = open_sources(
-        config.data, channels, cache, report
-    )  # a stream has no sizes, and needs none: no buckets
-    train, val = sources
-    return training_views(config, train, buckets), validation_views(config, val, buckets)
-
-
-def training_views(config: TrainConfig, source: Any, buckets: Buckets | None) -> Pictures:
-    data = config.data
-    return Pictures(source, data.resolution, config.seed, buckets, data.crop, data.flip, data.variants)
-
-
-def validation_views(config: TrainConfig, source: Any, buckets: Buckets | None) -> Pictures:
-    return Pictures(source, config.data.resolution, config.seed, buckets, fixed=True)
-
-
-def build_cache(config: TrainConfig) -> None:
-    """Encode every picture and caption, and train nothing.
-
-    Raises:
-        UserError: an encoder is not there yet; see `open_sources`.
-    """
-    vae, conditioner = load_frozen(config)
-    unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
-    train, val = open_pictures(config, vae.config["in_channels"], find_buckets(config, vae, unet))
-    _say_what_is_cut(config, train, conditioner)
-    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    _cached(config, train, val, vae, conditioner, torch.device("cuda" if on_gpu else "cpu"))
-
-
-def find_buckets(config: TrainConfig, vae: AutoencoderKL, unet: UNet) -> Buckets | None:
-    if not config.data.buckets:
-        return None
-    return Buckets(config.data.resolution, vae.downscale_factor * unet.downscale_factor)
-
-
-def _cached(
-    config: TrainConfig,
-    train: Pictures,
-    val: Pictures,
-    vae: AutoencoderKL,
-    conditioner: Conditioner,
-    device: torch.device,
-    num_readers: int = 1,
-) -> tuple[CachedLatents, CachedLatents]:
-    root = Path(config.output_dir) / "cache"
-    vae.to(device), conditioner.to(device)
-    encoders = encoders_digest(vae, conditioner)
-    dtype = CACHE_DTYPES[config.data.cache_dtype]
-    memory: Any = device if config.data.cache_on_device else "auto"
-    train_cache, val_cache = (
-        cached_latents(root, pictures, vae, conditioner, ENCODE_BATCH, dtype, memory, encoders, num_readers)
-        for pictures in (train, val)
-    )
-    return train_cache, val_cache
-
-
-def _say_what_is_cut(config: TrainConfig, train: Pictures, conditioner: Conditioner) -> None:
-    captions = [text for texts in train.captions for text in texts]
-    if cut := num_truncated(conditioner, captions):
-        print(f"  {cut} of {len(captions)} captions are longer than {conditioner.max_length} tokens and are cut there")
-    if train.buckets is not None:
-        print(train.buckets.table(train.source.sizes(), config.data.batch_size), flush=True)
-
-
-def _datamodule(
-    config: TrainConfig, train: Any, val: Any, batch_size: int, pictures: Pictures | None = None
-) -> DataModule:
-    order = training_order((pictures or train).source, config.seed)
-    return DataModule(train, val, order, batch_size, config.data.num_workers, config.trainer.overfit_batches)
 
 
 def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callback) -> pl.Trainer:
@@ -293,11 +252,12 @@ def _fit(
 ) -> pl.Trainer:
     """Fit a stage, from its checkpoint on where there is one of the same config; leave a checkpoint of the end."""
     trainer = trainer or build_trainer(config, module)
-    module.identity = _identity(config, module.stage)
+    module.identity = {**_identity(config, module.stage), "pictures": datamodule.content}
+    module.max_skipped = config.trainer.max_skipped
     if any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
         module.to(memory_format=torch.channels_last)
     path = checkpoint_path(config, module.stage)
-    step = _resume_from(config, module.stage)
+    step = _resume_from(config, module.stage, datamodule.content)
     begin()
     if step and trainer.is_global_zero:
         print(f"  going on from step {step} ({path})", flush=True)
@@ -305,7 +265,8 @@ def _fit(
         if isinstance(logger, MetricsCSV):
             logger.drop_from(module.stage, step or 0)
     try:
-        trainer.fit(module, datamodule, ckpt_path=None if step is None else str(path), weights_only=True)
+        with explaining_want_of_memory(config, module.stage, str(_precision(config, module.stage))):
+            trainer.fit(module, datamodule, ckpt_path=None if step is None else str(path), weights_only=True)
     except SystemExit as ended:  # Lightning's answer to SIGTERM and Ctrl-C, with codes that say "all is well"
         if isinstance(ended, SIGTERMException):
             raise SystemExit(143) from None
@@ -331,11 +292,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _resume_from(config: TrainConfig, stage: Stage) -> int | None:
+def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None) -> int | None:
     """Return the step of the checkpoint that a stage goes on from; None where it begins anew.
 
+    Args:
+        config: the run's.
+        stage: one of its stages.
+        pictures: hash of the set, where it is known already.
+
     Raises:
-        UserError: the checkpoint cannot be read, is another config's, or is past the last step.
+        UserError: the checkpoint cannot be read, is another config's, of other pictures, or is past the last step.
     """
     path = checkpoint_path(config, stage)
     if config.resume == "never" or not path.exists():
@@ -343,6 +309,12 @@ def _resume_from(config: TrainConfig, stage: Stage) -> int | None:
     mend = "Give this run a name of its own (name=…), or start it anew over the old one (resume=never)"
     header, wanted = read_header(path), _identity(config, stage)
     found, step = header.identity, header.step
+    then = found.pop("pictures", None)
+    if None not in (then, pictures) and then != pictures:
+        raise UserError(
+            f"{path} was trained on other pictures or captions than are there now, going on would be another run. "
+            f"{mend}"
+        )
     changed = [key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)]
     if changed:
         told = "; ".join(f"{key}: {found.get(key)} then, {wanted.get(key)} now" for key in sorted(changed)[:5])

@@ -1,14 +1,19 @@
-"""What the LightningModules of all stages share: draws that are a function of the step, optimizer, EMA, preview."""
+"""What the LightningModules of all stages share: draws that are a function of the step, optimizer, averages, preview.
 
-from collections.abc import Sequence
+An optimizer step whose losses or gradients are not finite changes nothing: it ends the run or is left out.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.config import Optim, Stage
-from ldm.training.ema import EMA
+from ldm.config import Optim, PosthocEMA, Stage
+from ldm.errors import UserError
+from ldm.training.ema import EMA, PowerEMA, ScheduleFreeAverage
+from ldm.training.failures import SkippedStep, check_weights, describe, name_samples, not_finite
 from ldm.training.optim import build_optimizer
 
 
@@ -30,7 +35,7 @@ def step_generator(
 
 
 class StageModule(pl.LightningModule):
-    """A stage's training: one network, its EMA where there is one, its optimizer.
+    """A stage's training: one network, its averages where there are any, its optimizer.
 
     Args:
         network: what is trained.
@@ -38,17 +43,40 @@ class StageModule(pl.LightningModule):
         max_steps: optimizer steps of the whole run.
         seed: of all draws.
         ema_decay: None for no average.
+        posthoc_ema: which more averages are kept; nothing in training looks at them.
+
+    Attributes:
+        max_skipped: optimizer steps that may be left out because something in them is not finite; None looks at none.
+        num_skipped: so many have been.
+        stepped: whether the last optimizer step changed the weights.
     """
 
     stage: Stage
 
     def __init__(
-        self, network: nn.Module, optim: Optim, max_steps: int, seed: int, ema_decay: float | None = None
+        self,
+        network: nn.Module,
+        optim: Optim,
+        max_steps: int,
+        seed: int,
+        ema_decay: float | None = None,
+        posthoc_ema: PosthocEMA | None = None,
     ) -> None:
         super().__init__()
         self.network = network
-        self.ema = EMA(network, ema_decay) if ema_decay is not None else None
+        self.ema: EMA | ScheduleFreeAverage | None = None
+        if optim.averages:
+            self.ema = ScheduleFreeAverage(network)
+        elif ema_decay is not None:
+            self.ema = EMA(network, ema_decay)
+        lengths = posthoc_ema.lengths if posthoc_ema else []
+        self.posthoc = nn.ModuleList(PowerEMA(network, length) for length in lengths)
         self.optim, self.max_steps, self.seed = optim, max_steps, seed
+        self.max_skipped: int | None = None
+        self.num_skipped, self.stepped = 0, True
+        self._micro_batch = 0
+        self._captions: list[Sequence[str] | None] = []  # of each micro-batch of this step, where it holds them
+        self._terms: list[tuple[int, dict[str, Tensor]]] = []  # what each micro-batch made of the loss
         self.identity: dict[str, Any] = {}  # the config that decides the weights; travels in every checkpoint
 
     @property
@@ -57,7 +85,12 @@ class StageModule(pl.LightningModule):
         return self.ema.average if self.ema is not None else self.network
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_weights(self.stage, checkpoint["global_step"], checkpoint["state_dict"])
         checkpoint["identity"] = self.identity
+        checkpoint["num_skipped"] = self.num_skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.num_skipped = int(checkpoint.get("num_skipped", 0))
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.network, self.optim, self.max_steps)
@@ -67,14 +100,83 @@ class StageModule(pl.LightningModule):
     ) -> None:
         # Lightning refuses to clip for a fused optimizer under any mixed precision. Only fp16 scales gradients, and the
         # config refuses that combination.
-        if gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not self.usable(parameters, gradient_clip_val):
+            raise SkippedStep
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:  # called once an optimizer step, whatever the accumulation
+        try:
+            super().optimizer_step(*args, **kwargs)
+        except SkippedStep:
+            scaler = self._scaler
+            if scaler is not None and not getattr(self.trainer.optimizers[0], "_step_supports_amp_scaling", False):
+                scaler.update()  # it has unscaled these gradients, and would refuse the next
+        if not self.stepped:  # called once an optimizer step, whatever the accumulation
+            return
+        if isinstance(self.ema, ScheduleFreeAverage):
+            self.ema.follow(self.network, self.trainer.optimizers[0])
+        elif self.ema is not None:
             self.ema.update(self.network)
+        for average in self.posthoc:
+            average.update(self.network)  # type: ignore[operator]
+
+    def usable(self, parameters: Sequence[nn.Parameter], clip_norm: float | None) -> bool:
+        """Clip the gradients; return whether they and the losses that they come from are finite on all ranks.
+
+        The host waits for the device once. All ranks return the same.
+
+        Args:
+            parameters: whose gradients an optimizer is about to follow.
+            clip_norm: that the gradients are scaled down to; None leaves them.
+
+        Raises:
+            UserError: they are not finite, and no more steps may be left out.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        self.stepped = True
+        if self.max_skipped is None:
+            return True
+        values = [value.float() for _, terms in self._terms for value in terms.values()]
+        finite = torch.stack([torch.stack([norm.float(), *values]).isfinite().all(), norm.isfinite()])
+        if torch.distributed.is_initialized():
+            finite = finite.to(torch.uint8)
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        all_finite, norm_finite = finite.tolist()
+        if all_finite:
+            return True
+        self.stepped = False
+        scaler = self._scaler
+        if scaler is not None and not norm_finite and scaler.get_scale() > 1 and not self._faults():
+            return True  # scaled beyond what fp16 holds: the scaler leaves this step out, and scales less
+        self._leave_out()
+        return False
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _faults(self) -> list[str]:
+        """Say what is not finite in the losses, of all ranks, and in which samples."""
+        faults = []
+        for micro_batch, terms in self._terms:
+            if bad := describe(terms):
+                faults.append(f"{bad}, in {name_samples(self.trainer, micro_batch, self._captions[micro_batch])}")
+        return gathered(faults)
+
+    def _leave_out(self) -> None:
+        faults = self._faults()
+        if not faults:
+            batches = [name_samples(self.trainer, i, captions) for i, captions in enumerate(self._captions)]
+            faults = [f"the gradient is not finite, in {'; '.join(gathered(batches))}"]
+        self.num_skipped += 1
+        message = not_finite(self.stage, self.global_step + 1, faults, self.num_skipped, self.max_skipped or 0)
+        if self.num_skipped > (self.max_skipped or 0):
+            raise UserError(message)
+        if self.global_rank == 0:
+            print(message, flush=True)
 
     def on_train_start(self) -> None:
         # The checkpoint of a shorter run brings the rate that its own schedule ended with: set this run's.
@@ -85,6 +187,10 @@ class StageModule(pl.LightningModule):
                 group["lr"] = base * factor(scheduler.last_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        if self._micro_batch == 0:
+            self._terms, self._captions = [], []
+        self._captions.append(batch.get("caption") if isinstance(batch, Mapping) else None)
         # Dropout draws from the global state; seeded apart from the step's own generator, whose draws it would repeat.
         torch.manual_seed(self.generator(batch_idx).initial_seed() ^ 1)
 
@@ -96,6 +202,8 @@ class StageModule(pl.LightningModule):
     def log_losses(self, losses: dict[str, Tensor], batch_size: int, prog_bar: str = "loss") -> None:
         """Log `<stage>/<name>` for each loss; the one named `prog_bar` is shown beside the progress bar."""
         split = "" if self.trainer.training else "val_"
+        if self.trainer.training:
+            self._terms.append((self._micro_batch, {name: value.detach() for name, value in losses.items()}))
         for name, value in losses.items():
             key = f"{self.stage}/{split}{name}"
             self.log(key, value.detach(), batch_size=batch_size, prog_bar=name == prog_bar, sync_dist=not self.training)
@@ -103,3 +211,12 @@ class StageModule(pl.LightningModule):
     def preview(self, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
         """Return (N, 3, H, W) pictures that show how far training is, and their captions; None where there are none."""
         return None
+
+
+def gathered(texts: list[str]) -> list[str]:
+    """Return what all ranks say; all must call it."""
+    if not torch.distributed.is_initialized():
+        return texts
+    said: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(said, texts)
+    return [text for of_rank in said for text in of_rank]

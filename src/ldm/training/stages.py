@@ -25,6 +25,7 @@ from typing import Any
 from ldm.config import STAGES, ShapesData, Stage, TrainConfig, check
 from ldm.data.shapes import VERSION as SHAPES_VERSION
 from ldm.errors import UserError
+from ldm.ranks import main_process, say
 
 RESULT = "stage.json"  # beside a stage's result: the config that it was trained with
 
@@ -73,17 +74,14 @@ def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
             ruinous = examine(config)
         raise SystemExit(1 if ruinous else 0)
     if config.data.cache == "build":
-        from ldm.training.fit import build_cache
+        from ldm.training.feed import build_cache
 
         with held(run_dir):
             build_cache(config)
         return None
     missing = [stage for stage in STAGES if stage in config.stages and not is_done(config, stage)]
     if "diffusion" in missing:
-        needed: dict[Stage, Any] = {"autoencoder": config.vae, "clip": config.text_encoder}
-        for stage, part in needed.items():
-            if stage not in config.stages and not part.pretrained:
-                require_result(config, stage)
+        check_stages(config)
     with held(run_dir):
         if missing:
             from ldm.training.fit import check_at_the_door
@@ -106,13 +104,13 @@ def _run_stage(
 
         def begin() -> None:
             _write_run_files(run_dir, config, overrides)
-            _say(f"{stage:12} training, {stage_steps(config, stage)} steps")
+            say(f"{stage:12} training, {stage_steps(config, stage)} steps")
 
         started = time.monotonic()
         loss = fit.FIT[stage](config, place, begin)
-        _say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
+        say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
     elif stage in config.stages:
-        _say(f"{stage:12} up to date: {place}")
+        say(f"{stage:12} up to date: {place}")
     if stage != "diffusion" and is_done(config, stage) and main_process():
         _link_result(place, run_dir / "model", PARTS[stage])
     return loss
@@ -142,12 +140,17 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     if stage != "diffusion":
         feeding |= {"buckets", "variants", "cache_dtype"}
     data = {key: value for key, value in values["data"].items() if key not in feeding}
+    if stage == "diffusion" and (data["crop"] == "random" or data["flip"] or data["cache_dtype"] != "fp32"):
+        data["cached"] = bool(config.data.cache)  # then a cache decides which views there are, and how exact they are
     if isinstance(config.data, ShapesData):
         data["version"] = SHAPES_VERSION  # of the drawing code, which decides the pictures as well
     trainer = values["trainer"]
     common = {"data": data, "seed": config.seed, "overfit_batches": trainer["overfit_batches"]}
     if stage == "autoencoder":
-        return {**common, "vae": values["vae"], "autoencoder": values["autoencoder"]}
+        own = values["autoencoder"]
+        if own["perceptual"]:  # where its weights lie decides nothing
+            own = {**own, "perceptual": {k: v for k, v in own["perceptual"].items() if k != "weights"}}
+        return {**common, "vae": values["vae"], "autoencoder": own}
     if stage == "clip":
         return {**common, "text_encoder": values["text_encoder"], "clip": values["clip"]}
     return {
@@ -156,9 +159,9 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         "accumulate_grad_batches": trainer["accumulate_grad_batches"],
         "precision": trainer["precision"],
         "max_steps": trainer["max_steps"],
-        "vae": config.vae.pretrained or stage_key(config, "autoencoder"),
+        "vae": config.frozen_vae or stage_key(config, "autoencoder"),
         "text_encoder": config.text_encoder.pretrained or stage_key(config, "clip"),
-        "unet": values["unet"],
+        "unet": {key: value for key, value in values["unet"].items() if key != "gradient_checkpointing"},
         "diffusion": values["diffusion"],
         "optim": values["optim"],
     }
@@ -186,6 +189,18 @@ def is_done(config: TrainConfig, stage: Stage) -> bool:
     return isinstance(found, dict) and found.get("key") == stage_key(config, stage)
 
 
+def check_stages(config: TrainConfig) -> None:
+    """Refuse to train a U-Net whose VAE or text encoder is not there and will not be.
+
+    Raises:
+        UserError: a stage that is left out has no result.
+    """
+    needed: dict[Stage, Any] = {"autoencoder": config.vae, "clip": config.text_encoder}
+    for stage, part in needed.items():
+        if stage not in config.stages and not part.pretrained:
+            require_result(config, stage)
+
+
 def require_result(config: TrainConfig, stage: Stage) -> Path:
     """Return the folder of a stage's result.
 
@@ -195,15 +210,20 @@ def require_result(config: TrainConfig, stage: Stage) -> Path:
     if not is_done(config, stage):
         group = "vae" if stage == "autoencoder" else "text_encoder"
         raise UserError(
-            f"the diffusion stage needs the result of stage '{stage}' for this config, and {config.output_dir}/stages "
-            f"has none: add {stage} to stages=[…], or load one with +{group}.pretrained=<folder or hub id>"
+            f"latents and the U-Net need the result of stage '{stage}' for this config, and {config.output_dir}/stages "
+            f"has none: train with {stage} in stages=[…] first, or load one with +{group}.pretrained=<folder or hub id>"
         )
     return result_folder(config, stage)
 
 
-def record_result(config: TrainConfig, stage: Stage, folder: Path) -> None:
+def recorded_pictures(folder: Path) -> str | None:
+    """Return the hash of the set that a result was trained on; None where it is not known."""
+    return json.loads((folder / RESULT).read_text(encoding="utf-8")).get("pictures")
+
+
+def record_result(config: TrainConfig, stage: Stage, folder: Path, pictures: str) -> None:
     """Write down what a finished result was made from; the result exists from now on."""
-    content = {"key": stage_key(config, stage), "inputs": stage_inputs(config, stage)}
+    content = {"key": stage_key(config, stage), "pictures": pictures, "inputs": stage_inputs(config, stage)}
     temporary = folder / f".{RESULT}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / RESULT)
@@ -226,16 +246,6 @@ def _link_result(result: Path, model: Path, part: str) -> None:
         shutil.rmtree(model / name, ignore_errors=True)
         temporary.rename(model / name)
     marker.write_text(result.name, encoding="utf-8")
-
-
-def main_process() -> bool:
-    """Tell whether this is the first process of a run, by what Lightning, torchrun and Slurm tell the others."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
-def _say(line: str) -> None:
-    if main_process():
-        print(line, flush=True)
 
 
 def _write_run_files(run_dir: Path, config: TrainConfig, overrides: Sequence[str]) -> None:

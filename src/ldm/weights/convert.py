@@ -38,6 +38,8 @@ def convert(values: Mapping[str, Any]) -> Path:
     is_file = dst.suffix == ".safetensors"
     others = {name: getattr(config, name) for name in (*PARTS, "tokenizer", "prediction_type")}
     part = None if any(others.values()) else _lone_part(config)
+    if part and config.ema is not None:
+        raise UserError(f"src={config.src} is a network by itself: for ema={config.ema:g} name the run directory")
     if dst.is_dir() and any(dst.iterdir()) and (dst / INDEX).is_file() != (part is None):
         raise UserError(
             f"dst={config.dst} holds {'a single network' if part is None else 'a whole model'}: write elsewhere"
@@ -53,6 +55,8 @@ def convert(values: Mapping[str, Any]) -> Path:
                 save_network(network, dst, dtype)
     else:
         model = load_model(config.src, None, **others, variant=config.variant, option="src")
+        if config.ema is not None:
+            _put_average(model.unet, Path(config.src).expanduser(), config.ema)
         networks = dict(zip(PARTS, (model.unet, model.vae, model.text_tower), strict=True))
         (save_single_file if is_file else save_model)(model, dst, dtype)
     sizes = {name: sum(p.numel() for p in net.parameters()) / 1e6 for name, net in networks.items()}
@@ -67,6 +71,23 @@ def convert(values: Mapping[str, Any]) -> Path:
     names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
     print(f"written  {config.dst}: {form}, {names}, {num_bytes / 1e6:,.1f} MB")
     return dst
+
+
+def _put_average(unet: Any, run_dir: Path, length: float) -> None:
+    """Give a U-Net the average of its weights in training that has this relative length.
+
+    Raises:
+        UserError: it cannot be put together.
+    """
+    from ldm.weights.folder import check_state
+    from ldm.weights.posthoc import FOLDER, listed, reconstruct
+
+    found = reconstruct(run_dir / FOLDER, length)
+    check_state(unet.state_dict(), found.state, str(run_dir / FOLDER))
+    unet.load_state_dict(found.state)
+    print(f"average  ema={length:g} after {found.steps} steps; its profile is met but for {found.error:.1%}")
+    if found.missing:
+        print(f"note: without {listed(found.missing)}, which are missing in {run_dir / FOLDER}")
 
 
 def _check_destination(dst: Path, config: ConvertConfig) -> None:

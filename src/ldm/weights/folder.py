@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import FlowSchedule, NoiseSchedule
 from ldm.errors import UserError
 from ldm.files import load_json, save_json, written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
@@ -219,9 +219,15 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def save_pipeline_index(
-    folder: Path, schedule: NoiseSchedule, prediction_type: str, settings: Mapping[str, Any]
+    folder: Path, schedule: NoiseSchedule | FlowSchedule, prediction_type: str, settings: Mapping[str, Any]
 ) -> None:
     """Complete a folder of a model that was trained here; its networks and tokenizer are written."""
+    unet = load_json(folder / "unet" / "config.json")
+    sees_mask = unet["in_channels"] == 2 * unet["out_channels"] + 1
+    pipeline = "StableDiffusionInpaintPipeline" if sees_mask else "StableDiffusionPipeline"
+    if isinstance(schedule, FlowSchedule):  # its class says what is predicted
+        save_index(folder, {"_class_name": "FlowMatchEulerDiscreteScheduler", **schedule.config}, settings, pipeline)
+        return
     scheduler = {
         "_class_name": "DDIMScheduler",
         **schedule.config,
@@ -231,7 +237,7 @@ def save_pipeline_index(
         "steps_offset": 1,  # without effect under trailing spacing; diffusers warns of any other value
         "clip_sample": False,
     }
-    save_index(folder, scheduler, settings)
+    save_index(folder, scheduler, settings, pipeline)
 
 
 def save_index(
