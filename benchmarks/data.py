@@ -47,7 +47,6 @@ from ldm.data.latents import cached_latents
 from ldm.data.pictures import Pictures
 from ldm.data.sources import open_sources, training_order
 from ldm.nn.autoencoder import AutoencoderKL
-from ldm.training.fit import CACHE_DTYPES, ENCODE_BATCH, open_pictures
 from ldm.training.networks import build_clip, build_vae
 from ldm.training.stages import run
 
@@ -62,7 +61,7 @@ MANY = 100_000
 
 # Encoders of almost no work, whose output has the shape of Stable Diffusion's: moments 8x64x64, context 77x768.
 SD_SHAPES = (
-    "data.resolution=512", f"data.batch_size={BATCH}", "data.num_workers=2", "data.num_val=1", "data.cache_dtype=fp16",
+    "data.resolution=512", f"data.batch_size={BATCH}", "data.num_workers=2", "data.num_val=1",
     "vae.block_out_channels=[4,4,4,4]", "+vae.mid_block_add_attention=false", "text_encoder.max_length=77",
     "text_encoder.text.hidden_size=768", "text_encoder.text.num_hidden_layers=1",
 )  # fmt: skip
@@ -141,7 +140,9 @@ def open_set(folder: Path) -> tuple[TrainConfig, Pictures, str]:
         write_captions(root, write_pictures(root, NUM, SIZE))
     kilobytes = statistics.mean(path.stat().st_size for path in root.glob("*.jpg")) / 1e3
     config = load_config("data=folder", f"data.path={root}", f"output_dir={folder}/outputs", *SD_SHAPES)
-    return config, open_pictures(config)[0], f"{NUM - 1} JPEGs of {SIZE[0]}x{SIZE[1]}, {kilobytes:.0f} kB"
+    source: Any = open_sources(config.data, cache=folder / "indexes")[0]
+    pictures = Pictures(source, config.data.resolution, config.seed)
+    return config, pictures, f"{len(pictures)} JPEGs of {SIZE[0]}x{SIZE[1]}, {kilobytes:.0f} kB"
 
 
 def build_encoders(config: TrainConfig, pictures: Pictures) -> tuple[AutoencoderKL, Conditioner]:
@@ -156,9 +157,8 @@ def build_encoders(config: TrainConfig, pictures: Pictures) -> tuple[Autoencoder
 
 def open_cache(config: TrainConfig, pictures: Pictures, memory: Any = "auto") -> Any:
     """Return the cache that the U-Net stage has of these pictures."""
-    dtype = CACHE_DTYPES[config.data.cache_dtype]
     root = Path(config.output_dir) / "cache"
-    return cached_latents(root, pictures, *build_encoders(config, pictures), ENCODE_BATCH, dtype, memory)
+    return cached_latents(root, pictures, *build_encoders(config, pictures), dtype=torch.float16, memory=memory)
 
 
 def training_batches(
@@ -222,7 +222,7 @@ def compare_cache(folder: Path, rounds: int) -> list[dict[str, Any]]:
             "part": "cache",
             "files": files,
             "resolution": config.data.resolution,
-            "cache": f"{shapes}, {config.data.cache_dtype}, {in_ram.nbytes / 1e6:.0f} MB",
+            "cache": f"{shapes}, fp16, {in_ram.nbytes / 1e6:.0f} MB",
             "batch": BATCH,
             "num_workers": config.data.num_workers,  # none where a cache is held in RAM
             "samples_per_second": {name: round(1 / seconds, 2) for name, seconds in wall.items()},
@@ -355,14 +355,14 @@ def write_small_pictures(folder: Path, num: int) -> None:
 def measure_indexing(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """Open a large folder of small pictures the first time, and twice again."""
     write_small_pictures(folder / "many", MANY)
-    config = load_config("data=folder", f"data.path={folder}/many", f"output_dir={folder}/outputs")
+    config = load_config("data=folder", f"data.path={folder}/many")
     times: list[tuple[float, float]] = []
     for _ in range(3):
         clocks = Clocks()
-        train, val = open_sources(config.data, cache=folder / "indexes")
+        train, val = open_sources(config.data, cache=folder / "index of many")
         times.append(clocks.read())
         assert len(train) + len(val) == MANY
-    (kept,) = (folder / "indexes").iterdir()
+    kept = sum(file.stat().st_size for file in (folder / "index of many").iterdir())
     kilobytes = (folder / "many" / "000000.jpg").stat().st_size / 1e3
     return [
         {
@@ -372,7 +372,7 @@ def measure_indexing(folder: Path, rounds: int) -> list[dict[str, Any]]:
             "seconds": round(wall, 2),
             "processor_seconds": round(processor, 2),
             "pictures_per_second": round(MANY / wall),
-            "index_megabytes": round(kept.stat().st_size / 1e6, 1),
+            "index_megabytes": round(kept / 1e6, 1),
         }
         for i, (wall, processor) in enumerate(times)
     ]

@@ -172,7 +172,7 @@ BAD_EVALUATE = [
     ([], "'ckpt' is missing"),
     (["ckpt={tmp}"], "neither a run directory nor a model folder"),
     (["ckpt={unfinished}"], "no finished model yet"),
-    (["ckpt={run}", "metrics=[fid]"], "'fid'"),
+    (["ckpt={run}", "metrics=[fiid]"], "'fiid'"),
     (["ckpt={run}", "metrics=[]"], "metrics"),
     (["ckpt={run}", "num_prompts=0"], "num_prompts"),
     (["ckpt={run}", "out={tmp}/no/where.json"], "there is no folder"),

@@ -777,12 +777,21 @@ def load_run_config(run_dir: Path) -> TrainConfig | None:
 def _with_younger_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Add what a run's config does not have yet; networks keep theirs, whose defaults are in `ldm.nn`."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     kind = values["data"].get("kind") if isinstance(values.get("data"), Mapping) else None
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        composed = compose("train", [f"data={kind}"] if kind in KINDS and kind != "custom" else [])
+    own = kind in KINDS and kind != "custom"
+    running = GlobalHydra.instance().hydra  # of the script that asks; it knows one config at a time
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = compose("train", [f"data={kind}"] if own else [])
+    finally:
+        GlobalHydra.instance().hydra = running
     defaults: Any = OmegaConf.to_container(composed)
+    if not own:
+        defaults["data"] = {key: value for key, value in defaults["data"].items() if key in DataBase.model_fields}
     filled = {**{key: value for key, value in defaults.items() if key != "run_dir"}, **values}
     for name in ("data", "diffusion", "autoencoder", "clip", "optim", "trainer", "sampling"):
         if isinstance(values.get(name), Mapping):

@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 from itertools import chain, islice
 from types import SimpleNamespace
@@ -180,3 +181,32 @@ def test_lightning_resumes_with_the_next_batch(tmp_path, accumulate):
     assert begun.fed + resumed.fed == whole.fed
     assert len(whole.fed) == 9 * accumulate
     assert torch.equal(resumed.weight, whole.weight)
+
+
+class Mapped(Pixels):
+    """Stands for a cache that is read from its files."""
+
+    in_memory, bucket_of = False, None
+
+    def __getitems__(self, picks):
+        if any(index == 7 for index, _ in picks) and self.broken:
+            raise UserError("a file is gone")
+        return {"picks": torch.tensor(picks), "thread": threading.current_thread().name}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_mapped_cache_is_read_ahead_by_threads_in_order(broken):
+    datamodule = module(num_workers=3)
+    datamodule.train = Mapped(10)
+    datamodule.train.broken = broken
+    loader = datamodule.train_dataloader()
+    assert loader.num_workers == 0
+    if broken:
+        with pytest.raises(UserError, match="a file is gone"):
+            list(islice(loader, 9))
+        return
+    batches = list(islice(loader, 9))
+    assert [batch["picks"].tolist() for batch in batches] == [
+        [[*pick] for pick in picks] for picks in first(9, 10, 4, 3)
+    ]
+    assert threading.current_thread().name not in {batch["thread"] for batch in batches}

@@ -12,9 +12,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.ahead import ahead
 from ldm.data.buckets import BucketBatches
 from ldm.data.order import EndlessBatches, Pick, ShardShuffle, Shuffle, StreamBatches, WeightedShuffle
 from ldm.errors import UserError
+
+READERS = 2
+"""Threads that read ahead from a mapped cache."""
 
 
 class DataModule(pl.LightningDataModule):
@@ -74,11 +78,15 @@ class DataModule(pl.LightningDataModule):
         return self._loader(self.val, batches)
 
     def _loader(self, dataset: Any, batches: Any) -> DataLoader[Any]:
-        num_workers = 0 if getattr(dataset, "in_memory", False) else self.num_workers  # nothing to wait for
+        # A cache in memory is not waited for; a mapped one is read by threads, which hand tensors on where processes
+        # would copy them. Pictures are decoded, which is work for processes.
+        is_cache = hasattr(dataset, "in_memory")
+        num_workers = 0 if is_cache else self.num_workers
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         comes_from_there = getattr(dataset, "device", torch.device("cpu")).type == "cuda"
         return Loader(
             Guarded(dataset),
+            READERS if is_cache and not dataset.in_memory else 0,
             batch_sampler=batches,
             collate_fn=_whole,
             num_workers=num_workers,
@@ -108,10 +116,30 @@ class Guarded(Dataset[Any]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that ends with a message where a picture cannot be had or a loader process is gone."""
+    """A DataLoader that ends with a message where a picture cannot be had or a loader process is gone.
+
+    Args:
+        dataset: gives values or failures.
+        num_threads: that read ahead in this process, in place of loader processes; 0 for none.
+        options: see `DataLoader`.
+    """
+
+    def __init__(self, dataset: Guarded, num_threads: int = 0, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.num_threads = num_threads
+
+    def _read(self, picks: list[Pick]) -> Any:
+        batch = self.dataset.__getitems__(picks)  # type: ignore[attr-defined]
+        if self.pin_memory and isinstance(batch, dict):
+            return {key: value.pin_memory() for key, value in batch.items()}
+        return batch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
+        if self.num_threads:
+            assert self.batch_sampler is not None
+            batches: Iterator[Any] = ahead(self._read, self.batch_sampler, self.num_threads)
+        else:
+            batches = super().__iter__()
         while True:
             try:
                 batch = next(batches)

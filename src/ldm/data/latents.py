@@ -10,11 +10,9 @@ import hashlib
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.conditioner import Conditioner
+from ldm.data.ahead import ahead
 from ldm.data.cache_folder import CacheFolder, Shard
 from ldm.data.cache_layout import Layout
 from ldm.data.cache_reader import CachedLatents
@@ -33,12 +32,13 @@ from ldm.progress import Advance
 FORMAT = 2
 """Of the files; a cache of another format has another key."""
 
+DECODERS = min(8, os.cpu_count() or 1)
+"""Threads that decode what is encoded next."""
+
 BATCH_PIXELS = 2**22
 """Views are encoded in batches of no more pixels than this: 64 of 256x256, 16 of 512x512."""
 
 LESS_SPACE = "free some, put it on another disk (output_dir=…), store less (data.cache_dtype=bf16) or data.cache=false"
-
-T = TypeVar("T")
 
 
 def encoders_digest(vae: AutoencoderKL, conditioner: Conditioner) -> str:
@@ -147,7 +147,7 @@ def _encode_pictures(
     batches = [indices[begin : begin + batch_size] for begin in range(0, len(indices), batch_size)]
     views = [(batch, variant) for batch in batches for variant in range(shard.shape[1])]
     done = 0
-    for (batch, variant), image in zip(views, _ahead(lambda view: pictures.images(*view), views), strict=True):
+    for (batch, variant), image in zip(views, ahead(lambda view: pictures.images(*view), views, DECODERS), strict=True):
         moments = vae.encode(image.to(weight.device, weight.dtype, memory_format=torch.channels_last))
         told = [f"picture {i}" for i in batch]
         rows[done : done + len(batch), variant] = _rounded(moments, shard.dtype, told)
@@ -173,16 +173,3 @@ def _rounded(values: Tensor, dtype: torch.dtype, told: Sequence[str]) -> Tensor:
             "damaged, or their precision is too low (float32 has the range)"
         )
     return rounded.cpu()
-
-
-def _ahead(function: Callable[[Any], T], arguments: Iterable[Any]) -> Iterator[T]:
-    """Give function(argument) of each, in order; the next few are worked on in threads meanwhile."""
-    num_threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(num_threads) as pool:
-        coming: deque[Future[T]] = deque()
-        for argument in arguments:
-            coming.append(pool.submit(function, argument))
-            if len(coming) > num_threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
