@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from peers import write_hub
-from runs import ROOT, SMALL, TINY_OWN, run_script
+from runs import ROOT, SMALL, TINY, TINY_OWN, run_script
 from sets import parquet_folder, picture_folder, png, shard_folder, texts
 
 NUM = 14
@@ -47,23 +47,38 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("commands", blocks("data.md"), ids=lambda commands: commands[0][7:60])
-def test_the_commands_of_the_page_on_data(commands, world, tmp_path, monkeypatch, capfd):
+def overrides(arguments: list[str]) -> list[str]:
+    """Return what makes a training command small, of what it has."""
+    experiment = arguments[0]
+    if experiment == "experiment=pokemon":
+        return [*SMALL, *FEW]
+    if experiment == "experiment=pokemon_finetune":  # its U-Net is loaded
+        return [*(item for item in SMALL if not item.lstrip("+").startswith("unet")), *FEW]
+    if experiment == "experiment=pokemon_vae":  # there is no network to have LPIPS' weights from
+        vae = [f"++{item}" for item in TINY if item.startswith("vae.") and "vae=sd" not in arguments]
+        return ["autoencoder.perceptual=null", "trainer=cpu", "data.resolution=16", "autoencoder.batch_size=4", *vae,
+                "++autoencoder.discriminator.num_layers=2", "data.num_workers=0", *FEW]  # fmt: skip
+    if experiment.startswith("experiment=shapes"):
+        return [*(item for item in TINY if not item.startswith("experiment=")), *FEW, "data.num_val=8"]
+    return [*TINY_OWN, *FEW]
+
+
+@pytest.mark.parametrize("commands", [*blocks("data.md"), *blocks("training.md")], ids=lambda found: found[0][7:60])
+def test_the_commands_of_a_page(commands, world, tmp_path, monkeypatch, capfd):
     for path in world.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     for command in commands:
         _, script, *arguments = shlex.split(re.sub(r"\s{2,}#.*", "", command))
         if script == "train.py":
-            pretrained = "experiment=pokemon" in arguments
-            arguments += [*(SMALL if pretrained else TINY_OWN), *FEW]
+            arguments += overrides(arguments)
         else:
             arguments += ["steps=1"]
         assert run_script(script.removesuffix(".py"), *arguments) == 0, capfd.readouterr().err
 
 
-def test_the_page_on_data_has_commands():
-    assert sum(map(len, blocks("data.md"))) >= 15
+def test_the_pages_have_commands():
+    assert sum(map(len, blocks("data.md"))) >= 15 and sum(map(len, blocks("training.md"))) >= 8
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)

@@ -143,7 +143,7 @@ def test_the_same_samples_as_webdataset(tmp_path):
     ours = source(tmp_path, caption_template="{caption} ({tags}, {size})")
     assert len(ours) == len(theirs) == 20
     for i, sample in enumerate(theirs):
-        assert ours._encoded(i) == sample.get("jpg", sample.get("png"))
+        assert ours.read(i) == sample.get("jpg", sample.get("png"))
         row = json.loads(sample["json"])
         assert ours.captions()[i] == [f"{sample['txt'].decode()} ({', '.join(row['tags'])}, {row['size']})"]
     assert ours.index.names[11] == f"{tmp_path}/1.tar/dir.v1/0011.jpg"

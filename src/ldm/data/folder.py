@@ -4,22 +4,18 @@ N pictures, W H pixels.
 """
 
 import hashlib
-import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ldm.config import FolderSection
 from ldm.data.caption_files import folder_captions, suffix
 from ldm.data.captions import Wording
 from ldm.data.images import Pixels
-from ldm.data.index import digest_of, look_at
+from ldm.data.index import look_at
+from ldm.data.indexed import Indexed
 from ldm.data.remote import local_state
 from ldm.errors import UserError
 from ldm.ranks import say_once
@@ -31,7 +27,7 @@ OTHER_SETS = {".parquet": "hub", ".arrow": "hub", ".tar": "shards"}
 VALIDATION = ("validation", "val", "test")
 
 
-class FolderSource:
+class FolderSource(Indexed):
     """Pictures of a folder, sorted by name, with captions from metadata.*, from NAME.txt, or from their names.
 
     Args:
@@ -56,7 +52,7 @@ class FolderSource:
         for name in found.captions.keys() - pictures.keys() - found.missing.keys():
             pictures[name] = local_state(os.stat(self.root / name))  # listed, of another suffix
         names = sorted({*pictures, *found.missing})
-        self._captions = [tuple(found.captions.get(name, ("",))) for name in names]
+        self.texts = [tuple(found.captions.get(name, ("",))) for name in names]
 
         def read(i: int) -> bytes:
             if names[i] in found.missing:
@@ -68,43 +64,11 @@ class FolderSource:
         stamps = [pictures.get(name, "") for name in names]
         self.index = look_at(names, stamps, read, kept, f"looking at {_printable(config.path)}")
 
-    def __len__(self) -> int:
-        return len(self.index.names)
+    def read(self, index: int) -> bytes:
+        return (self.root / self.index.names[index]).read_bytes()
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Read and decode a picture.
-
-        Raises:
-            UserError: it is broken, or no longer what it was when the folder was looked at.
-        """
-        path = self.root / self.index.names[index]
-        if self.index.faults[index]:
-            raise UserError(f"{path}: {self.index.faults[index]}")
-        then = f"{path} was there when training began"
-        advice = "put it back as it was, or run the same command again, which looks at what has changed"
-        try:
-            encoded = path.read_bytes()
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{then} and cannot be read now ({reason}): {advice}") from error
-        if digest_of(encoded) != self.index.digests[index]:
-            raise UserError(f"{then} and has changed since: {advice}")
-        try:
-            return {"image": self.decode(encoded), "captions": self._captions[index]}
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-
-    def captions(self) -> Sequence[Sequence[str]]:
-        return self._captions
-
-    def sizes(self) -> NDArray[np.int32]:
-        return self.index.sizes
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for picture in zip(self.index.digests, self._captions, strict=True):
-            digest.update(json.dumps(picture).encode())
-        return digest.hexdigest()
+    def told(self, index: int) -> str:
+        return str(self.root / self.index.names[index])
 
 
 def list_files(root: Path, told: str) -> tuple[dict[str, str], set[str]]:

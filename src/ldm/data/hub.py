@@ -4,23 +4,21 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ldm.config import HubSection
 from ldm.data.captions import Wording
 from ldm.data.folder import PICTURES
 from ldm.data.images import Pixels
-from ldm.data.index import check_unchanged, look_at
+from ldm.data.index import look_at
+from ldm.data.indexed import Indexed
 from ldm.data.remote import local_state
 from ldm.errors import UserError
 
 
-class HubSource:
+class HubSource(Indexed):
     """The rows of a set, as `datasets` keeps it on disk.
 
     Args:
@@ -58,39 +56,16 @@ class HubSource:
                 f"{config.path}: column '{config.image_column}' (data.image_column) holds no pictures but {found}"
             ) from error
         self.images = self.dataset.select_columns([config.image_column])
-        self._captions = self._worded()
+        self.texts = self._worded()
         state = str(dataset._fingerprint)
         names = [f"{config.path}, row {i}" for i in range(len(dataset))]
         kept = None
         if cache is not None:
             kept = cache / f"hub-{hashlib.sha256(f'{state} {config.image_column}'.encode()).hexdigest()[:16]}.parquet"
         stamps = [state + beside for beside in self._states_beside()]
-        self.index = look_at(names, stamps, self._encoded, kept, f"looking at {config.path}")
+        self.index = look_at(names, stamps, self.read, kept, f"looking at {config.path}")
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            encoded = self._encoded(index)
-            check_unchanged(encoded, self.index, index)
-            return {"image": self.decode(encoded), "captions": self._captions[index]}
-        except UserError as error:
-            raise UserError(f"{self.index.names[index]}: {error}") from error
-
-    def captions(self) -> Sequence[Sequence[str]]:
-        return self._captions
-
-    def sizes(self) -> NDArray[np.int32]:
-        return self.index.sizes
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for picture, captions in zip(self.index.digests, self._captions, strict=True):
-            digest.update(repr((picture, list(captions))).encode(errors="surrogatepass"))
-        return digest.hexdigest()
-
-    def _encoded(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Return a picture's file: from the row itself, or from where the row says, which may be inside an archive."""
         image = self.images[index][self.config.image_column]
         if image is None:
@@ -102,7 +77,7 @@ class HubSource:
         try:
             with fsspec.open(image["path"], "rb") if "://" in image["path"] else open(image["path"], "rb") as file:
                 return file.read()
-        except (OSError, ValueError) as error:
+        except ValueError as error:  # no such protocol
             raise UserError(f"the picture cannot be read: {error}") from error
 
     def _states_beside(self) -> list[str]:

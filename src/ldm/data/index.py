@@ -53,19 +53,6 @@ class Index:
     faults: list[str]
 
 
-def check_unchanged(encoded: bytes, index: "Index", i: int) -> None:
-    """Refuse a picture that is another than when it was looked at.
-
-    Raises:
-        UserError: its bytes have changed.
-    """
-    if index.digests[i] not in ("", digest_of(encoded)):
-        raise UserError(
-            "it was there when training began and has been changed since; leave the set as it is while training, and "
-            "run the same command again: it looks at what is new"
-        )
-
-
 def digest_of(encoded: bytes) -> str:
     """Return the digest by which an index knows a picture's bytes."""
     return hashlib.sha256(encoded).hexdigest()

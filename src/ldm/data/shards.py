@@ -4,20 +4,18 @@ N samples.
 """
 
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from fsspec.core import url_to_fs
-from numpy.typing import NDArray
 
 from ldm.config import ShardsSection
 from ldm.data.images import Pixels
-from ldm.data.index import check_unchanged, look_at
+from ldm.data.index import look_at
+from ldm.data.indexed import Indexed
 from ldm.data.remote import Copies, copy_file, digest_of, each, is_local, patiently, state
 from ldm.data.tar import ShardError, TarShard
 from ldm.errors import UserError
@@ -87,7 +85,7 @@ def _expand(pattern: str) -> list[str]:
     return [url for option in options for url in _expand(pattern[: braces.start()] + option + pattern[braces.end() :])]
 
 
-class TarSource:
+class TarSource(Indexed):
     """Captioned pictures in tar shards: shards in the order of their names, samples in that of the tar.
 
     A far shard is first copied whole into the cache.
@@ -111,18 +109,18 @@ class TarSource:
         states = each(state, urls, "asking for the state of shards", "shards")
         self.shards = each(self._open, list(zip(urls, states, strict=True)), "listing shards", "shards")
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self._captions: list[list[str]] = []
+        self.texts: list[list[str]] = []
         faults = {}
         for shard in self.shards:
             for i in range(len(shard)):
                 try:
-                    self._captions.append(shard.captions(i))
+                    self.texts.append(shard.captions(i))
                 except ShardError:
                     raise
                 except UserError as error:
-                    faults[len(self._captions)] = str(error)
-                    self._captions.append([""])
-        if len(self._captions) > len(faults) and not any(texts != [""] for texts in self._captions):
+                    faults[len(self.texts)] = str(error)
+                    self.texts.append([""])
+        if len(self.texts) > len(faults) and not any(texts != [""] for texts in self.texts):
             extensions = sorted(set().union(*(shard.extensions for shard in self.shards)))
             raise UserError(
                 f"data.caption_key={config.caption_key}: no picture in {config.path} has such a caption; "
@@ -131,34 +129,11 @@ class TarSource:
         names = [shard.name(i) for shard in self.shards for i in range(len(shard))]
         stamps = [stamp for shard, stamp in zip(self.shards, states, strict=True) for _ in range(len(shard))]
         index = None if cache is None else cache / f"shards-{digest_of(*urls)[:16]}.parquet"
-        self.index = look_at(names, stamps, self._encoded, index, "looking at pictures in shards")
+        self.index = look_at(names, stamps, self.read, index, "looking at pictures in shards")
         for i, fault in faults.items():
             self.index.faults[i] = self.index.faults[i] or fault
 
-    def __len__(self) -> int:
-        return len(self._captions)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            encoded = self._encoded(index)
-            check_unchanged(encoded, self.index, index)
-            return {"image": self.decode(encoded), "captions": self._captions[index]}
-        except UserError as error:
-            raise UserError(f"{self.index.names[index]}: {error}") from error
-
-    def captions(self) -> Sequence[Sequence[str]]:
-        return self._captions
-
-    def sizes(self) -> NDArray[np.int32]:
-        return self.index.sizes
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for picture, captions in zip(self.index.digests, self._captions, strict=True):
-            digest.update(repr((picture, captions)).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
-
-    def _encoded(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         shard = int(np.searchsorted(self.ends, index, side="right"))
         return self.shards[shard].encoded(index - int(self.ends[shard]) + len(self.shards[shard]))
 
