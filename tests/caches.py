@@ -112,6 +112,7 @@ def serve() -> None:
             print(child, flush=True)
             continue
         try:
+            os.dup2(2, 1)  # what a build prints must not come between the ids
             counting.pause = float(pause)
             die_before(int(last))
             build(Path(root), counting.vae)

@@ -217,16 +217,11 @@ def start():
             server.stdin.write(line)
             server.stdin.flush()
 
-        def answer() -> str:
-            while (line := server.stdout.readline()).startswith("  "):
-                pass  # what the builds print
-            return line.strip()
-
         def started(root: Path, pause: float = 0.0, last: int = 0) -> int:
             say(f"{pause} {last} {root}\n")
-            return int(answer())
+            return int(server.stdout.readline())
 
-        assert answer() == "ready"
+        assert server.stdout.readline() == "ready\n"
         yield started
         server.stdin.close()
 
