@@ -40,7 +40,7 @@ peak = before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 if dst:
     keys = ("vae", "text_encoder", "unet", "tokenizer", "prediction_type", "variant", "format")
-    convert({"src": source, "dst": dst, "dtype": dtype, "overwrite": False, **dict.fromkeys(keys)})
+    convert({"src": source, "dst": dst, "dtype": dtype, "overwrite": False, "ema": None, **dict.fromkeys(keys)})
 else:
     unet = load_part(UNet, source, getattr(torch, dtype))
     sum(float(p.detach().sum()) for p in unet.parameters())  # touch them all
