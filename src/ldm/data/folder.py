@@ -86,7 +86,7 @@ def list_files(root: Path, told: str) -> tuple[dict[str, str], set[str]]:
         UserError: the folder, or one below it, is not there or cannot be read.
     """
     if not os.path.isdir(root):
-        missing = f"there is no such folder (seen from {Path.cwd()}); a set of the hub is read by data=hub"
+        missing = "there is no such folder; a set of the hub is read by data=hub"
         what = "is a file; name the folder that holds it" if root.is_file() else missing
         raise UserError(f"{told}: {what} (seen from {Path.cwd()})")
     pictures, others = dict[str, str](), set[str]()
