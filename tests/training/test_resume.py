@@ -56,9 +56,10 @@ def whole(shared):
     done: dict[str, TrainConfig] = {}
 
     def run(variant: str) -> TrainConfig:
-        if variant not in done:
-            done[variant] = tiny_config(shared, *LONG, *VARIANTS[variant], f"name=whole-{variant}")
-            stages.run(done[variant])
+        for name in dict.fromkeys(["plain", variant]):  # the first one trains the VAE and CLIP, and has their figures
+            if name not in done:
+                done[name] = tiny_config(shared, *LONG, *VARIANTS[name], f"name=whole-{name}")
+                stages.run(done[name])
         return done[variant]
 
     return run
