@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import tiny
-from caches import CAPTIONS, NUM, SHARD_ROWS, Counting, Mixed, build, contents, folder_of, mixed
+from caches import CAPTIONS, NUM, SHARD_ROWS, Mixed, build, contents, folder_of, mixed
 from ldm.conditioner import Conditioner
 from ldm.data import cache_folder, cache_layout, cache_reader, latents
 from ldm.data.buckets import BucketBatches, Buckets
@@ -23,18 +23,7 @@ TALL = [1, 5, 7, 9]
 GROUPS = [SQUARES, TALL, [3]]
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(cache_layout, "SHARD_ROWS", SHARD_ROWS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def counting():
-    return Counting()
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from caches import NUM, SHARD_ROWS, Counting, Mixed, build, contents, folder_of, mixed
+from caches import NUM, SHARD_ROWS, Mixed, build, contents, folder_of, mixed
 from ldm.data import cache_folder, cache_layout
 from ldm.data.cache_folder import LOCKS, MANIFEST
 from ldm.errors import UserError
@@ -27,18 +27,7 @@ ENCODED = {  # views that each file holds, by its name less the digest
 }
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(cache_layout, "SHARD_ROWS", SHARD_ROWS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def counting():
-    return Counting()
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 @pytest.fixture(scope="module")

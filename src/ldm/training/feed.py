@@ -33,9 +33,8 @@ def open_pictures(config: TrainConfig, channels: int = 3, buckets: Buckets | Non
     met_later = getattr(config.data, "streaming", False)
     report = Path(config.run_dir) / "quarantine.txt" if main_process() or met_later else None
     cache = Path(config.output_dir) / "cache" / "indexes"
-    sources: Any = open_sources(
-        config.data, channels, cache, report
-    )  # a stream has no sizes, and needs none: no buckets
+    # A stream has no sizes, and needs none: it knows no buckets.
+    sources: Any = open_sources(config.data, channels, cache, report)
     train, val = sources
     return training_views(config, train, buckets), validation_views(config, val, buckets)
 
