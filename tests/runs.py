@@ -35,6 +35,7 @@ TINY = (
     "clip.max_steps=3", "clip.batch_size=8", "clip.optim.warmup_steps=0",
     "optim.warmup_steps=0", "trainer.max_steps=3", "trainer.val_every=2", "trainer.val_batches=1",
     "trainer.checkpoint_every=2", "callbacks.samples.every=100", "callbacks.samples.num_images=2", "sampling.steps=2",
+    "evaluation.metrics=[]",
 )  # fmt: skip
 
 # The same over pictures of one's own, which the test names.

@@ -165,7 +165,7 @@ def test_trainers_loggers_and_callbacks_are_built(trainer, logger, tmp_path):
 
 def test_every_file_stands_in_a_group_that_train_knows():
     groups = {folder.name for folder in cli.CONF_DIR.iterdir() if folder.is_dir()}
-    others = {"experiment", "debug", "source", "perceptual", "discriminator"}
+    others = {"experiment", "debug", "source", "perceptual", "discriminator", "recipe", "sweep"}
     assert groups == {case.split("=")[0] for case in CASES} | others
 
 

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,7 @@ def world(tmp_path_factory) -> Path:
 
 def overrides(arguments: list[str]) -> list[str]:
     """Return what makes a training command small, of what it has."""
-    experiment = arguments[0]
+    experiment = next((item for item in arguments if item.startswith("experiment=")), arguments[0])
     if experiment == "experiment=pokemon":
         return [*SMALL, *FEW]
     if experiment == "experiment=pokemon_finetune":  # its U-Net is loaded
@@ -59,7 +61,9 @@ def overrides(arguments: list[str]) -> list[str]:
         return ["autoencoder.perceptual=null", "trainer=cpu", "data.resolution=16", "autoencoder.batch_size=4", *vae,
                 "++autoencoder.discriminator.num_layers=2", "data.num_workers=0", *FEW]  # fmt: skip
     if experiment.startswith("experiment=shapes"):
-        return [*(item for item in TINY if not item.startswith("experiment=")), *FEW, "data.num_val=8"]
+        said = {"experiment", *(item.partition("=")[0] for item in arguments if item.startswith("evaluation."))}
+        few = ["data.num_val=8", "evaluation.num_prompts=2"]
+        return [*(item for item in TINY if item.partition("=")[0] not in said), *FEW, *few]
     return [*TINY_OWN, *FEW]
 
 
@@ -70,6 +74,9 @@ def test_the_commands_of_a_page(commands, world, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for command in commands:
         _, script, *arguments = shlex.split(re.sub(r"\s{2,}#.*", "", command))
+        if script == "-m":
+            assert subprocess.run([sys.executable, "-m", *arguments]).returncode == 0, capfd.readouterr().err
+            continue
         if script == "train.py":
             arguments += overrides(arguments)
         else:

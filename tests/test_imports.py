@@ -33,8 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranks": set(),
     "pipeline": {"nn", "diffusion", "conditioner", "weights", "data", "canvas", "codec", "options", "scheduler"},
     "sampling": {"", "config", "files", "weights", "data", "gallery", "options", "pipeline", "progress"},
-    "evaluation": {"config", "files", "progress", "weights", "data", "gallery", "pipeline"},
+    "report": {"files"},
+    "sweep": {"config", "files", "report"},
+    "evaluation": {"config", "files", "progress", "report", "weights", "data", "gallery", "pipeline"},
     "training": {
+        "cli",
         "config",
         "files",
         "ranks",
@@ -45,6 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data",
         "gallery",
         "pipeline",
+        "evaluation",
+        "report",
+        "sweep",
     },
 }
 # Where hydra may build objects: what a user plugs in. Never where a file of somebody else's is read.

@@ -1,5 +1,6 @@
 """The scripts as a user types them: in processes of their own where that matters, and bad input in this one."""
 
+import csv
 import json
 import os
 import re
@@ -429,6 +430,12 @@ def test_two_processes_train_one_model(tmp_path):
     )
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5)
+    # Retrieval is among the held-out pictures of both ranks.
+    retrieval = []
+    for root in ("two", "one"):
+        with (tmp_path / root / "shapes/metrics.csv").open(newline="") as file:
+            retrieval.append({name: float(value) for name, _, value, _ in csv.reader(file) if "@" in name})
+    assert len(retrieval[0]) == 4 and retrieval[0] == pytest.approx(retrieval[1], abs=1e-6)
 
 
 @pytest.mark.slow

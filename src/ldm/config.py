@@ -349,6 +349,7 @@ class AutoencoderStage(Section):
     learned_logvar: bool
     perceptual: PerceptualLoss | None = None
     discriminator: AdversarialLoss | None = None
+    rfid: bool | Annotated[str, Field(min_length=1)]
     ema_decay: Decay
     optim: Optim
 
@@ -457,6 +458,53 @@ class Sampling(Section):
     guidance_scale: Fraction0
 
 
+Metric = Literal[
+    "prompt_accuracy", "fid", "kid", "clip_score", "clip_frechet", "cmmd", "memorization", "retrieval", "reconstruction"
+]
+DRAWING: tuple[Metric, ...] = get_args(Metric)[:7]  # those that look at pictures drawn for the purpose
+
+
+class Drawn(Section):
+    """How pictures are drawn and compared to be measured."""
+
+    metrics: list[Metric]
+    num_prompts: PositiveInt
+    num_train: PositiveInt | None
+    real: Literal["val", "train"]
+    seed: Seed
+    steps: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] | None
+    sampler: Sampler | None
+    guidance_scale: Fraction0 | Annotated[list[Fraction0], Field(min_length=1)] | None
+    batch_size: PositiveInt
+    clip: Annotated[str, Field(min_length=1)] | None
+    inception: Annotated[str, Field(min_length=1)] | None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in ("metrics", "steps", "guidance_scale"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(set(value)) < len(value):
+                raise ValueError(f"{name}={value} names something twice")
+        compared = [metric for metric in ("fid", "kid", "clip_frechet", "cmmd") if metric in self.metrics]
+        if compared and self.num_prompts < 2:
+            raise ValueError(f"num_prompts={self.num_prompts}: {compared[0]} compares how pictures vary, it needs two")
+        return self
+
+
+class Evaluation(Drawn):
+    """Metrics in the course of training the U-Net."""
+
+    every: PositiveInt
+    weights: Annotated[list[Literal["ema", "raw"]], Field(min_length=1)]
+
+    @field_validator("metrics")
+    @classmethod
+    def _about_drawings(cls, value: list[Metric]) -> list[Metric]:
+        if others := [metric for metric in value if metric not in DRAWING]:
+            raise ValueError(f"{others[0]} does not change as the U-Net learns: ask evaluate.py for it afterwards")
+        return value
+
+
 class TrainConfig(Section):
     name: str = Field(min_length=1)
     output_dir: str = Field(min_length=1)
@@ -477,6 +525,8 @@ class TrainConfig(Section):
     logger: dict[str, Target]
     callbacks: dict[str, Target]
     sampling: Sampling
+    evaluation: Evaluation
+    optimized_metric: str | None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -519,7 +569,22 @@ class TrainConfig(Section):
         self._check_size()
         self._check_width()
         self._check_inpainting()
+        self._check_evaluation()
         return self
+
+    def _check_evaluation(self) -> None:
+        metrics, stages = set(self.evaluation.metrics), self.stages
+        if "prompt_accuracy" in metrics and not isinstance(self.data, ShapesData):
+            raise ValueError(
+                f"evaluation.metrics: prompt_accuracy reads pictures of the built-in shapes, not of "
+                f"data={self.data.kind}: take clip_score"
+            )
+        looking = metrics & {"clip_score", "clip_frechet", "cmmd", "memorization"}
+        if "diffusion" in stages and looking and not self.evaluation.clip and self.text_encoder.pretrained:
+            raise ValueError(
+                f"evaluation.metrics: {min(looking)} looks with a CLIP, and this run trains none: name one with "
+                "evaluation.clip=<folder or hub id>, such as openai/clip-vit-large-patch14"
+            )
 
     def _check_inpainting(self) -> None:
         seen, channels = self.unet.in_channels, self.vae.latent_channels or 4
@@ -551,6 +616,15 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"autoencoder.discriminator.num_layers={stage.discriminator.num_layers} leaves nothing of "
                     f"data.resolution={resolution}: take fewer layers"
+                )
+        if stage.rfid:
+            seen = min(self.data.num_val, self.trainer.val_batches * stage.batch_size)
+            if self.vae.in_channels == 4:
+                raise ValueError("Inception sees RGB, and vae.in_channels=4 has alpha: set autoencoder.rfid=false")
+            if seen < 2:
+                raise ValueError(
+                    f"autoencoder.rfid compares how pictures vary, and validation sees {seen}: raise data.num_val, "
+                    "trainer.val_batches or autoencoder.batch_size"
                 )
         if stage.perceptual:
             least = {"vgg": 16, "alex": 31, "squeeze": 17}[stage.perceptual.net]
@@ -656,35 +730,15 @@ class SampleConfig(MixedModel):
         return self
 
 
-Metric = Literal[
-    "prompt_accuracy", "fid", "kid", "clip_score", "clip_frechet", "cmmd", "memorization", "retrieval", "reconstruction"
-]
-DRAWING: tuple[Metric, ...] = get_args(Metric)[:7]  # those that look at pictures drawn for the purpose
-
-
-class EvaluateConfig(Section):
+class EvaluateConfig(Drawn):
     ckpt: str = Field(min_length=1)
     metrics: Annotated[list[Metric], Field(min_length=1)]
-    num_prompts: PositiveInt
-    num_train: PositiveInt | None
-    real: Literal["val", "train"]
-    seed: Seed
-    steps: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] | None
-    sampler: Sampler | None
-    guidance_scale: Fraction0 | Annotated[list[Fraction0], Field(min_length=1)] | None
-    batch_size: PositiveInt
-    clip: Annotated[str, Field(min_length=1)] | None
-    inception: Annotated[str, Field(min_length=1)] | None
     out: str | None
     device: str
     dtype: Literal["fp32", "bf16", "fp16"]
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
-        for name in ("metrics", "steps", "guidance_scale"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(set(value)) < len(value):
-                raise ValueError(f"{name}={value} names something twice")
+    def _used(self) -> Self:
         drawing = [metric for metric in self.metrics if metric in DRAWING]
         swept = [name for name in ("steps", "guidance_scale") if isinstance(getattr(self, name), list)]
         if swept and not drawing:
@@ -694,9 +748,6 @@ class EvaluateConfig(Section):
             )
         if self.inception is not None and not {"fid", "kid", "reconstruction"} & set(self.metrics):
             raise ValueError("inception= is what fid, kid and reconstruction look with; metrics= names none of them")
-        compared = [metric for metric in ("fid", "kid", "clip_frechet", "cmmd") if metric in self.metrics]
-        if compared and self.num_prompts < 2:
-            raise ValueError(f"num_prompts={self.num_prompts}: {compared[0]} compares how pictures vary, it needs two")
         return self
 
 

@@ -1,4 +1,10 @@
-"""Distances against closed forms, naive sums, and torch-fidelity's own answer on a small feature network."""
+"""Distances against closed forms, naive sums, and torch-fidelity's own command on a small feature network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.distances import cmmd, frechet_distance, kernel_distance
+from ldm.evaluation.distances import cmmd, frechet_distance, frechet_metric, kernel_distance
 
 
 def normals(num: int, mean: Tensor, deviations: Tensor, seed: int) -> Tensor:
@@ -25,6 +31,32 @@ def test_frechet_distance_of_two_normal_distributions():
     expected = float((means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum())
     assert frechet_distance(real, drawn) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
+
+
+def on_a_rank(rank: int, meeting: str, real: Tensor, drawn: Tensor) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    metric = frechet_metric(real.shape[1])
+    for _ in range(2):  # the second time anew
+        metric.reset()
+        metric.update(real[rank::2], real=True)
+        metric.update(drawn[rank::2], real=False)
+        found = float(metric.compute())
+    Path(f"{meeting}-{rank}").write_text(str(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_frechet_distance_is_summed_over_ranks(tmp_path):
+    real, drawn = (torch.randn(21, 5, generator=torch.Generator().manual_seed(i)).double() + i for i in (0, 1))
+    context = torch.multiprocessing.get_context("fork")
+    meeting = str(tmp_path / "meeting")
+    ranks = [context.Process(target=on_a_rank, args=(rank, meeting, real, drawn)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    for rank in range(2):
+        found = float(Path(f"{meeting}-{rank}").read_text())
+        assert found == pytest.approx(frechet_distance(real, drawn), rel=1e-6)
 
 
 def test_kernel_distance_is_the_unbiased_sum():
@@ -69,32 +101,41 @@ def test_cmmd_is_zero_on_average_and_sees_a_shift():
     assert cmmd(draw(0), draw(1)) == pytest.approx(cmmd(5 * draw(0), 0.1 * draw(1)), abs=1e-6)
 
 
-def test_torch_fidelity_says_the_same(tmp_path):
-    """Its own entry point on two folders of PNGs, with a feature extractor of 6 features, against ours on the same."""
-    from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
+SMALL = """
+import torch
+from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
+WEIGHT = torch.randn(6, 3 * 8 * 8, generator=torch.Generator().manual_seed(0))
+
+
+class Small(FeatureExtractorBase):
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("small",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "small"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    def forward(self, x):
+        return ((x.flatten(1).float() / 255) @ WEIGHT.T,)
+
+
+register_feature_extractor("small", Small)
+"""
+
+
+def test_torch_fidelity_s_command_says_the_same(tmp_path):
+    """`fidelity` as typed, on two folders of PNGs, with a network of 6 features that Python brings as it starts."""
+    (tmp_path / "sitecustomize.py").write_text(SMALL)
     weight = torch.randn(6, 3 * 8 * 8, generator=torch.Generator().manual_seed(0))
-
-    class Small(FeatureExtractorBase):
-        def __init__(self, name, features_list, **kwargs):
-            super().__init__(name, features_list)
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("small",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "small"
-
-        @staticmethod
-        def can_be_compiled():
-            return False
-
-        def forward(self, x):
-            return ((x.flatten(1).float() / 255) @ weight.T,)
-
-    register_feature_extractor("small", Small)
     rng = np.random.default_rng(0)
     sets = []
     for name, low in (("real", 0), ("drawn", 60)):
@@ -103,9 +144,15 @@ def test_torch_fidelity_says_the_same(tmp_path):
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(tmp_path / name / f"{i:02d}.png")
         sets.append(torch.from_numpy(pictures).movedim(-1, 1).flatten(1).float() / 255 @ weight.T)
-    theirs = calculate_metrics(
-        input1=str(tmp_path / "real"), input2=str(tmp_path / "drawn"), feature_extractor="small", cuda=False,
-        fid=True, kid=True, kid_subset_size=30, kid_subsets=1, verbose=False, cache=False, save_cpu_ram=True,
+    command = (
+        "--input1 real --input2 drawn --feature-extractor small --cpu --fid --kid --kid-subset-size 30 --kid-subsets 1 "
+        "--no-cache --save-cpu-ram --json"
+    )
+    done = subprocess.run(
+        [Path(sys.executable).with_name("fidelity"), *command.split()], cwd=tmp_path, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=300, check=False,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
     assert frechet_distance(*sets) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert kernel_distance(*sets)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)

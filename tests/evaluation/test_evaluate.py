@@ -32,6 +32,7 @@ def results(run_dir) -> dict:
 def test_what_is_written_is_what_is_returned(run_dir, results):
     assert json.loads((run_dir / "evaluation.json").read_text()) == results
     assert set(results) == {"ckpt", "prompt_accuracy", "seconds"} and results["ckpt"] == str(run_dir)
+    assert "6 held-out prompts a row" in (run_dir / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_each_attribute_for_seen_and_unseen_pairs_with_and_without_guidance(results):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,12 +12,13 @@ from ldm.data.pictures import Pictures
 from ldm.data.shapes import Shapes
 from ldm.data.sources import open_sources
 from ldm.errors import UserError
+from ldm.evaluation.evaluate import evaluate
 from ldm.nn.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.training import fit, stages
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
 from ldm.training.module import step_generator
 from ldm.weights.folder import load_network
-from runs import tiny_config
+from runs import compose_values, tiny_config
 
 
 @pytest.fixture
@@ -109,6 +111,77 @@ def test_psnr_is_that_of_the_averaged_weights(tmp_path):
     with torch.inference_mode():
         error = F.mse_loss(raw.eval().decode(DiagonalGaussian(raw.encode(image)).mode()), image)
     assert abs(psnr - float(10 * torch.log10(4 / error))) > 0.01
+
+
+# --------------------------------------------------------------------------------------------------------------- rFID
+
+
+class SmallEye:
+    """In Inception's place: 12 features, and what it was made with."""
+
+    num_features = 12
+
+    def __init__(self, weights, device, option="inception", instead=""):
+        SmallEye.made = (weights, option)
+
+    def to(self, device):
+        return self
+
+    def images(self, pictures):
+        assert pictures.dtype == np.uint8 and pictures.shape[-1] == 3
+        return torch.from_numpy(pictures[:, ::8, ::8].reshape(len(pictures), -1)).float() / 255
+
+
+def test_rfid_is_over_all_of_validation_and_that_of_evaluation(tmp_path, monkeypatch, capsys):
+    """Two batches of 5 and 3, and two validations, of which the second begins anew."""
+    monkeypatch.setattr("ldm.training.autoencoder.InceptionFeatures", SmallEye)
+    monkeypatch.setattr("ldm.evaluation.subject.InceptionFeatures", SmallEye)
+    config = tiny_config(
+        tmp_path, "autoencoder.rfid=some.pth", "autoencoder.batch_size=5", "autoencoder.max_steps=4",
+        "trainer.val_every=2", "trainer.val_batches=5", "autoencoder.optim.lr=1e-2",
+    )  # fmt: skip
+    stages.run(config)
+    assert SmallEye.made == ("some.pth", "autoencoder.rfid")
+    assert "rFID over 8 held-out pictures is far too large" in capsys.readouterr().out
+    lines = (Path(config.run_dir) / "metrics.csv").read_text().splitlines()
+    found = [float(line.split(",")[2]) for line in lines if line.startswith("autoencoder/val_rfid")]
+    asked = [f"ckpt={config.run_dir}", "metrics=[reconstruction]", "num_prompts=8", "inception=some.pth"]
+    theirs = evaluate(compose_values("evaluate", asked))["reconstruction"]
+    assert len(found) == 2 and found[0] != found[1]
+    assert found[-1] == pytest.approx(theirs["rfid"], rel=1e-3) and found[-1] > 0.01
+
+
+def test_rfid_decides_nothing_and_leaves_nothing_in_the_checkpoint(monkeypatch):
+    monkeypatch.setattr("ldm.training.autoencoder.InceptionFeatures", SmallEye)
+    plain, looking = (tiny_config("unused", *options) for options in ([], ["autoencoder.rfid=true"]))
+    assert stages.stage_key(plain, "autoencoder") == stages.stage_key(looking, "autoencoder")
+    with_it, without = (AutoencoderModule(tiny.vae(), each.autoencoder, seed=0) for each in (looking, plain))
+    assert SmallEye.made[0] is None
+    assert with_it.state_dict().keys() == without.state_dict().keys()
+    assert len(list(with_it.parameters())) == len(list(without.parameters()))
+
+
+def test_rfid_without_weights_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    def download(*args, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    told = r"no route to host\): download https://\S+ to \S+hub\S+, or name the file with autoencoder\.rfid=…; .*=false"
+    for value, message in (("true", told), ("nowhere.pth", r"autoencoder\.rfid=nowhere\.pth: there is no such file")):
+        with pytest.raises(UserError, match=message):
+            stages.run(tiny_config(tmp_path / "out", f"autoencoder.rfid={value}"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"set autoencoder\.rfid=false"):
+        AutoencoderModule(
+            tiny.vae(in_channels=4, out_channels=4), tiny_config("x", "autoencoder.rfid=true").autoencoder, seed=0
+        )
+    for overrides, message in (
+        (["+vae.in_channels=4"], "has alpha: set autoencoder.rfid=false"),
+        (["trainer.val_batches=1", "autoencoder.batch_size=1"], "validation sees 1: raise data.num_val"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny_config("unused", "autoencoder.rfid=true", *overrides)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "auto"])

@@ -1,25 +1,29 @@
 """B batch, P width of the common space."""
 
 import csv
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import tiny
 from ldm.conditioner import Conditioner, tokenize, train_tokenizer
-from ldm.config import ClipStage
+from ldm.config import ClipStage, TrainConfig, check
 from ldm.data.sources import open_sources
+from ldm.evaluation.evaluate import evaluate
 from ldm.nn.clip import CLIP, TextTower
 from ldm.training import fit, stages
 from ldm.training.clip import ClipModule
 from ldm.training.module import StageModule
 from ldm.weights.folder import load_network
 from ldm.weights.tokenizer import load_tokenizer
-from runs import tiny_config
+from runs import TINY_OWN, compose_values, tiny_config
 
 STAGE = {
     "max_steps": 4, "batch_size": 2,
@@ -42,7 +46,7 @@ def batch() -> dict:
 
 
 def test_the_loss_is_that_of_the_paper_by_hand(module, batch):
-    losses = module.losses(batch)
+    losses = module.losses(*module.embed(batch))
     ids = tokenize(tiny.tokenizer(), batch["caption"], 12)
     text, image = module.network.encode_text(ids), module.network.encode_image(batch["image"])
     scale = math.exp(module.network.logit_scale.item())
@@ -60,7 +64,7 @@ def test_the_loss_is_that_of_the_paper_by_hand(module, batch):
 
 
 def test_the_gradient_reaches_every_parameter(module, batch):
-    module.losses(batch)["loss"].backward()
+    module.losses(*module.embed(batch))["loss"].backward()
     for name, parameter in module.network.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         if (
@@ -71,7 +75,7 @@ def test_the_gradient_reaches_every_parameter(module, batch):
 
 def test_a_batch_of_equals_cannot_be_told_apart(module, batch):
     same = {"image": batch["image"][:1].expand(3, -1, -1, -1), "caption": ["a red circle"] * 3}
-    assert module.losses(same)["loss"].item() == pytest.approx(math.log(3), abs=1e-4)
+    assert module.losses(*module.embed(same))["loss"].item() == pytest.approx(math.log(3), abs=1e-4)
 
 
 def rows(run_dir: Path, metric: str) -> list[float]:
@@ -95,8 +99,38 @@ def test_training_teaches_which_caption_is_whose(tmp_path):
         "data.num_train=400", "data.num_val=32", "clip.batch_size=32",
     )  # fmt: skip
     stages.run(config)
-    recall, loss = (rows(Path(config.run_dir), f"clip/val_{name}") for name in ("recall", "loss"))
-    assert len(recall) == 3 and loss[-1] < math.log(32) - 0.3 and recall[-1] > 2 / 32
+    run = Path(config.run_dir)
+    loss, *recalls = (rows(run, f"clip/val_{name}") for name in ("loss", "image_to_text@1", "text_to_image@1"))
+    assert loss[-1] < math.log(32) - 0.3 and all(len(recall) == 3 and recall[-1] > 2 / 32 for recall in recalls)
+
+
+def captioned(folder: Path) -> list[str]:
+    """Write pictures of which several share a caption and some have two; return the overrides that name them."""
+    folder.mkdir()
+    rng, lines = np.random.default_rng(0), []
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+        text = f"thing {i % 7} of many"
+        told = [text, f"also called {i}"] if i % 2 else text
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": told}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return [*TINY_OWN, "data=folder", f"data.path={folder}", "data.num_val=12"]
+
+
+def test_validation_measures_retrieval_as_evaluation_does(tmp_path):
+    """Over all held-out pictures that were seen and all their captions, not batch by batch: 5, 5 and 2 of 12."""
+    overrides = captioned(tmp_path / "set")
+    overrides += ["clip.max_steps=30", "clip.optim.lr=1e-2", "clip.batch_size=5", "trainer.val_every=30",
+                  "trainer.val_batches=10", f"output_dir={tmp_path}/out", "name=all"]  # fmt: skip
+    config = check(TrainConfig, compose_values("train", overrides))
+    stages.run(config)
+    found = evaluate(compose_values("evaluate", [f"ckpt={config.run_dir}", "metrics=[retrieval]", "num_prompts=4"]))
+    theirs = found["retrieval"]
+    assert theirs["num_images"] == 12 and theirs["num_captions"] > 7
+    for name in ("image_to_text@1", "image_to_text@5", "text_to_image@1", "text_to_image@5"):
+        [ours] = rows(Path(config.run_dir), f"clip/val_{name}")
+        assert ours == pytest.approx(theirs[name]), name
+    assert 0 < theirs["image_to_text@1"] < theirs["image_to_text@5"] <= 1
 
 
 def test_the_result_has_both_towers_the_text_encoder_alone_and_the_tokenizer(finished):

@@ -145,6 +145,72 @@ def test_the_caption_matters_and_dropping_it_does_too(batch):
     assert not torch.isclose(with_captions, without, rtol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------- frozen parts in half
+
+HALF = {
+    "32-true": (torch.float32, torch.float32),
+    "bf16-mixed": (torch.bfloat16, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),  # Stable Diffusion's VAE overflows in fp16
+}
+
+
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("inpainting", [False, True])
+def test_frozen_parts_have_half_precision_where_training_has(precision, inpainting, batch):
+    """What they give is float32, and near; those that were given stay whole, to be saved."""
+    module = build(in_channels=9 if inpainting else 4)
+    module.trainer.precision, given = precision, module.frozen
+    exact = *module.encode(batch, step_generator(0, 0)), module.masked(batch, step_generator(0, 1))
+    loss = module.training_step(batch, 0)
+    module.on_fit_start()
+    assert tuple(next(part.parameters()).dtype for part in module.frozen) == HALF[precision]
+    assert all(p.dtype == torch.float32 for part in given for p in part.parameters())
+    assert not any(p.requires_grad or part.training for part in module.frozen for p in part.parameters())
+    for part, before, dtype in zip(module.frozen, given, HALF[precision], strict=True):
+        assert (part is before) == (dtype == torch.float32)
+    compute = HALF[precision][1]
+    with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        found = *module.encode(batch, step_generator(0, 0)), module.masked(batch, step_generator(0, 1))
+        if compute != torch.float16:  # the U-Net does not train in it on a CPU
+            again = module.training_step(batch, 0)
+            assert again.dtype == torch.float32 and again.item() == pytest.approx(loss.item(), rel=0.02)
+    for one, other, dtype in zip(exact, found, (HALF[precision][0], compute, HALF[precision][0]), strict=True):
+        if one is None:
+            assert not inpainting and other is None
+        elif dtype == torch.float32:
+            assert torch.equal(one, other)
+        else:
+            assert other.dtype == torch.float32 and not torch.equal(one, other)
+            torch.testing.assert_close(other, one, rtol=0, atol=0.08)
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_a_run_in_mixed_precision_is_near_and_saves_its_parts_whole(cache, finished):
+    """Validation too; and a cache is encoded as ever."""
+    encoders = {part: stages.result_folder(finished, stage) for part, stage in
+                (("vae", "autoencoder"), ("text_encoder", "clip"))}  # fmt: skip
+    options = [f"+{part}.pretrained={folder}" for part, folder in encoders.items()]
+    losses, caches = {}, []
+    for precision in ("32-true", "bf16-mixed"):
+        config = tiny_config(
+            finished.output_dir, *options, f"name=half-{cache}-{precision}", f"data.cache={cache}",
+            f"trainer.precision={precision}", "stages=[diffusion]",
+        )  # fmt: skip
+        stages.run(config)
+        run = Path(config.run_dir)
+        rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+        losses[precision] = {
+            row[0]: float(row[2]) for row in rows if row[0] in ("diffusion/loss", "diffusion/val_loss")
+        }
+        for part, folder in encoders.items():
+            kept, source = load_weights(run / "model" / part), load_weights(folder / part)
+            assert all(torch.equal(kept[name], tensor) for name, tensor in source.items())
+        caches.append(set((Path(config.output_dir) / "cache").iterdir()))
+    assert caches[0] == caches[1]
+    assert len(losses["32-true"]) == 2 and losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.02)
+    assert losses["bf16-mixed"] != losses["32-true"]
+
+
 # ------------------------------------------------------------------------------------------------------- objectives
 
 

@@ -2,11 +2,13 @@
 
 import io
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -148,6 +150,31 @@ def test_encoders_that_are_there_are_judged(tmp_path, capsys):
     assert about(lines, "", "latents", "mean ± deviation") and about(lines, "", "VAE", "dB between 16 pictures")
     assert about(lines, "", "steps", "autoencoder: up to date")
     assert code == (1 if about(lines, "✗") else 0)
+
+
+def told_bytes(lines: list[str], what: str) -> float:
+    [line] = [line for line in lines if line[2:].startswith("disk")]
+    found = re.search(rf"{what} ([\d.]+) MiB", line)
+    assert found, line
+    return float(found[1]) * 2**20
+
+
+def test_averages_that_stay_are_counted(tmp_path, capsys):
+    """Two lengths at steps 2, 4 and 5 of 5, each a file of its own; and both of them in each checkpoint."""
+    describe(tmp_path / "set", good_set(tmp_path / "set", 20))
+    steps = ["trainer.max_steps=5", "unet.block_out_channels=[64,64]", "++unet.norm_num_groups=8"]
+    averages = "diffusion.posthoc_ema={lengths: [0.05, 0.1], every: 2}"
+    _, before = look(tmp_path, capsys, *steps)
+    _, after = look(tmp_path, capsys, *steps, averages)
+    arguments = [*OWN, f"data.path={tmp_path}/set", f"output_dir={tmp_path}/out", "name=run", *steps, averages]
+    assert run_script("train", *arguments) == 0
+    run = tmp_path / "out" / "run"
+    files = list((run / "ema").iterdir())
+    sizes = sum(path.stat().st_size for path in files)
+    assert len(files) == 6
+    more = told_bytes(after, "checkpoints, model and 6 averages") - told_bytes(before, "checkpoints and model")
+    weights = sizes / 6  # twice two averages in checkpoints
+    assert more == pytest.approx(sizes + 4 * weights, rel=0.05)
 
 
 def test_the_built_in_experiment(tmp_path, capsys):

@@ -12,14 +12,15 @@ from torch import nn
 
 from ldm.config import Optim
 from ldm.errors import UserError
+from ldm.nn.autoencoder import AutoencoderKL
 from ldm.training import fit, stages
 from ldm.training.autoencoder import AutoencoderModule
 from ldm.training.clip import ClipModule
 from ldm.training.diffusion import DiffusionModule
-from ldm.training.failures import explaining_want_of_memory
+from ldm.training.failures import explaining_want_of_memory, explaining_want_of_memory_to_encode
 from ldm.training.module import StageModule
 from probes import Record
-from runs import run_script, tiny_config
+from runs import TINY, run_script, tiny_config
 from training_checks import assert_equal
 
 MODULES = {"autoencoder": AutoencoderModule, "clip": ClipModule, "diffusion": DiffusionModule}
@@ -326,6 +327,45 @@ def test_want_of_memory_is_told_with_what_to_try(stage, error, overrides, told, 
     for part in told:
         assert part in str(raised.value), str(raised.value)
     assert "(4)" not in str(raised.value) and str(raised.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("cache", "ways"),
+    [
+        (
+            "true",
+            "(1) data.cache=false data.batch_size=8, which encodes the pictures of each step, (2) data.resolution=8",
+        ),
+        ("build", "(1) data.resolution=8, (2) a smaller vae=, (3) a machine with more of it. A cache"),
+    ],
+)
+def test_want_of_memory_for_the_cache_is_told_with_what_to_try(cache, ways, finished, monkeypatch, capsys):
+    """As the U-Net's stage begins, and where the cache alone is built."""
+
+    def fail(*_: Any) -> None:
+        raise GPU
+
+    monkeypatch.setattr(AutoencoderKL, "encode", fail)
+    options = [f"output_dir={finished.output_dir}", "stages=[diffusion]", "name=encoding", "data.cache_dtype=bf16"]
+    assert run_script("train", *TINY, *options, f"data.cache={cache}") == 2
+    err = capsys.readouterr().err
+    told = (
+        "error: cache: the memory of the GPU is not enough to encode batches of 64 at 16 px in float32. Try, in this "
+    )
+    assert err.startswith(f"{told}order: {ways}") and "(CUDA out of memory" in err and "Traceback" not in err
+
+
+def test_what_may_help_to_encode_comes_in_order(tmp_path):
+    config = tiny_config(tmp_path, "trainer=gpu", "data.cache_on_device=true", "data.batch_size=64")
+    cuda = torch.device("cuda")
+    with pytest.raises(UserError) as raised, explaining_want_of_memory_to_encode(config, 16, cuda):
+        raise GPU
+    assert (
+        "(1) data.cache_on_device=false, (2) trainer=cpu data.cache=build, which encodes on the processor, and then "
+        "this command, (3) data.cache=false data.batch_size=8, which"
+    ) in str(raised.value)
+    with pytest.raises(RuntimeError, match="shapes"), explaining_want_of_memory_to_encode(config, 16, cuda):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_other_errors_pass(tmp_path):

@@ -140,7 +140,7 @@ def test_a_run_leaves_what_a_run_directory_holds(run_dir):
     names = {path.name for path in Path(run_dir).iterdir()}
     assert names == {
         ".lock", "config.yaml", "overrides.txt", "env.json", "metrics.csv", "samples", "checkpoints", "model",
-        "tensorboard",
+        "tensorboard", "report",
     }  # fmt: skip
     assert (run_dir / "overrides.txt").read_text() == "experiment=shapes\n"
 

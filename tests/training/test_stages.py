@@ -14,6 +14,7 @@ import yaml
 
 from ldm.config import load_run_config
 from ldm.errors import UserError
+from ldm.sweep import last_values
 from ldm.training import fit, stages
 from ldm.training.stages import is_done, result_folder, stage_key, sweep_name
 from runs import ROOT, TINY, run_script, tiny_config
@@ -106,7 +107,7 @@ def test_another_drawing_code_is_another_world(monkeypatch):
 def test_what_exists_is_not_run_again(finished, capsys, monkeypatch):
     monkeypatch.setattr(fit, "FIT", {})
     before = {path: path.stat().st_mtime_ns for path in Path(finished.output_dir).rglob("*") if path.is_file()}
-    assert stages.run(finished) is None
+    assert stages.run(finished) == last_values(Path(finished.run_dir))["diffusion/val_loss"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:4] for line in lines] == [[stage, "up", "to", "date:"] for stage in STAGES]
     after = {path: path.stat().st_mtime_ns for path in Path(finished.output_dir).rglob("*") if path.is_file()}
@@ -139,6 +140,18 @@ def test_the_run_directory_tells_what_was_run(run_dir, finished):
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["optim"]["_target_"] == "torch.optim.AdamW"
     environment = json.loads((run_dir / "env.json").read_text())
     assert {"ldm", "torch", "pytorch-lightning", "python", "platform", "command"} == set(environment)
+
+
+def test_a_run_leaves_a_report_and_makes_a_missing_one(run_dir, finished, tmp_path, capsys):
+    assert f"<h1>{finished.name}</h1>" in (run_dir / "report" / "index.html").read_text(encoding="utf-8")
+    root = tmp_path / "copy"
+    shutil.copytree(finished.output_dir, root)
+    config = tiny_config(root)
+    shutil.rmtree(Path(config.run_dir) / "report")
+    for told in ([f"report: {root / 'shapes' / 'report' / 'index.html'}"], []):
+        stages.run(config)
+        assert [line for line in capsys.readouterr().out.splitlines() if "up to date" not in line] == told
+    assert (root / "shapes" / "report" / "index.html").is_file()
 
 
 def test_stages_may_be_picked_one_by_one(tmp_path, capsys):

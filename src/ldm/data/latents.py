@@ -101,6 +101,11 @@ def cached_latents(
 # -------------------------------------------------------------------------------------------------------- encoding
 
 
+def at_once(batch_size: int, width: int, height: int) -> int:
+    """Return how many views of a size are encoded together, of a batch."""
+    return min(batch_size, max(1, BATCH_PIXELS // (width * height)))
+
+
 @torch.inference_mode()
 def _build(
     folder: CacheFolder, layout: Layout, pictures: Pictures, vae: AutoencoderKL, conditioner: Conditioner, batch: int
@@ -117,8 +122,7 @@ def _build(
         number = tables[shard.table]
         indices = layout.members[number][shard.begin : shard.begin + shard.shape[0]]
         width, height = layout.sizes[number]
-        step = min(batch, max(1, BATCH_PIXELS // (width * height)))
-        return _encode_pictures(pictures, indices, vae, shard, step, advance)
+        return _encode_pictures(pictures, indices, vae, shard, at_once(batch, width, height), advance)
 
     captions = folder.fill(layout.context.shards, context, "encoding captions", "captions")
     views = [shard for table in layout.moments for shard in table.shards]

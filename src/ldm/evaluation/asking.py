@@ -5,14 +5,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.config import ShapesData, load_run_config
+from ldm.config import ShapesData
 from ldm.data.images import to_channels, to_pixels, to_tensor
 from ldm.data.shapes import draw
 from ldm.errors import UserError
 from ldm.evaluation import prompt_accuracy as reader
 from ldm.evaluation.real import to_rgb
 from ldm.evaluation.subject import Setting, Subject
-from ldm.evaluation.table import print_table
 from ldm.gallery import grid, save_png
 
 
@@ -54,14 +53,13 @@ def prompt_accuracy(subject: Subject) -> dict[str, Any]:
     path = subject.out.with_name(subject.out.stem + ".png")
     shown_pictures, captions = zip(*sheet, strict=True)
     save_png(path, grid(shown_pictures, columns=8, captions=captions, scale=max(1, 128 // pipeline.default_size)))
-    print(f"pictures of held-out prompts (upper half pairs seen in training, lower half unseen): {path}")
-    print_table(results)
+    subject.say(f"pictures of held-out prompts (upper half pairs seen in training, lower half unseen): {path}")
     return results
 
 
 def check_world(subject: Subject) -> None:
     """Raise a UserError where a model was not trained on the built-in world, or sees or draws no colours."""
-    run, ckpt = load_run_config(subject.run_dir), subject.config.ckpt
+    run, ckpt = subject.run, subject.config.ckpt
     if run is None or not isinstance(run.data, ShapesData):
         kind = "has no config.yaml beside it" if run is None else f"was trained on data={run.data.kind}"
         raise UserError(f"prompt_accuracy reads pictures of the built-in shapes; {ckpt} {kind}")

@@ -3,7 +3,7 @@
 N pictures, M captions, P width of CLIP's common space.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,32 @@ def recall(images: Tensor, texts: Tensor, owns: Tensor, ranks: Sequence[int] = (
     return found
 
 
+def retrieve(
+    images: Tensor, captions: Sequence[Sequence[str]], embed: Callable[[Sequence[str]], Tensor]
+) -> dict[str, float]:
+    """Measure retrieval between pictures and all their captions; a text that several pictures have is right for each.
+
+    Args:
+        images: (N, P) embeddings.
+        captions: of each of the N pictures, one at least.
+        embed: maps M texts to (M, P) embeddings.
+
+    Returns:
+        See `recall`.
+    """
+    texts = distinct(captions)
+    column = {text: i for i, text in enumerate(texts)}
+    owns = torch.zeros(len(captions), len(texts), dtype=torch.bool)
+    for row, own in enumerate(captions):
+        owns[row, [column[text] for text in own]] = True
+    return recall(images, embed(texts), owns)
+
+
+def distinct(captions: Sequence[Sequence[str]]) -> list[str]:
+    """Return every caption once, in the order of the pictures."""
+    return list(dict.fromkeys(text for texts in captions for text in texts))
+
+
 def clip_scores(subject: Subject) -> dict[str, Any]:
     """Score the pictures of each setting with their prompts; `real` is the figure of the held-out pictures."""
     prompts = subject.prompts()
@@ -64,12 +90,6 @@ def clip_scores(subject: Subject) -> dict[str, Any]:
 
 def retrieval(subject: Subject) -> dict[str, Any]:
     """Measure how well the CLIP finds captions of held-out pictures, and pictures of held-out captions."""
-    pictures = subject.real("val")
-    captions = [list(texts) for texts in pictures.captions]
-    unique = list(dict.fromkeys(text for texts in captions for text in texts))
-    column = {text: i for i, text in enumerate(unique)}
-    owns = torch.zeros(len(captions), len(unique), dtype=torch.bool)
-    for row, texts in enumerate(captions):
-        owns[row, [column[text] for text in texts]] = True
-    found = recall(subject.real_features("clip", "val"), subject.clip.texts(unique), owns)
-    return {**found, "num_images": len(captions), "num_captions": len(unique), "clip": subject.clip.source}
+    captions = [list(texts) for texts in subject.real("val").captions]
+    found = retrieve(subject.real_features("clip", "val"), captions, subject.clip.texts)
+    return {**found, "num_images": len(captions), "num_captions": len(distinct(captions)), "clip": subject.clip.source}

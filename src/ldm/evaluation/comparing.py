@@ -17,7 +17,9 @@ def fid(subject: Subject) -> dict[str, Any]:
     """Measure FID, and say that of few pictures it is too large."""
     found = _compare(subject, "inception", lambda real, drawn: {"value": frechet_distance(real, drawn)})
     if (fewest := min(found["num_drawn"], found["num_real"])) < 2048:  # features: the covariance is not of full rank
-        print(f"note: FID over {fewest} pictures is far too large (10,000 are usual); kid does not depend on how many")
+        subject.say(
+            f"note: FID over {fewest} pictures is far too large (10,000 are usual); kid does not depend on how many"
+        )
     return found
 
 

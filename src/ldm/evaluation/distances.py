@@ -4,6 +4,7 @@ N, M pictures, D width of a feature. All sums are in float64.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,20 @@ def frechet_distance(real: Tensor, drawn: Tensor) -> float:
     Args:
         real, drawn: (N, D) and (M, D), N and M at least 2. Over Inception's features this is FID.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric = frechet_metric(real.shape[1])
     metric.update(real.double(), real=True)
     metric.update(drawn.double(), real=False)
     return float(metric.compute())
+
+
+def frechet_metric(num_features: int) -> Any:
+    """Return torchmetrics' accumulator of `frechet_distance`: `update(features, real=…)` takes (N, D) in float64.
+
+    It keeps sums, of N pictures the same as of two, and `compute` adds up those of all ranks.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    return FrechetInceptionDistance(feature=_Given(num_features))
 
 
 def kernel_distance(

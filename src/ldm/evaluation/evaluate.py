@@ -14,8 +14,9 @@ from ldm.evaluation.memorization import memorization
 from ldm.evaluation.plots import plot_sweep
 from ldm.evaluation.reconstruction import reconstruction
 from ldm.evaluation.subject import Progress, Subject, silent
-from ldm.evaluation.table import print_figures
+from ldm.evaluation.table import print_figures, print_table
 from ldm.files import check_writable, save_json
+from ldm.report import report
 from ldm.weights.hub import find_model
 
 
@@ -48,6 +49,8 @@ def evaluate(values: Mapping[str, Any], progress: Progress = silent) -> dict[str
     results: dict[str, Any] = {"ckpt": config.ckpt}
     for metric in config.metrics:
         results[metric] = METRICS[metric](subject)
+        if metric == "prompt_accuracy":
+            print_table(results[metric])
     if any(metric in DRAWING for metric in config.metrics if metric != "prompt_accuracy"):
         results["drawn"] = {
             "num_prompts": config.num_prompts,
@@ -61,6 +64,8 @@ def evaluate(values: Mapping[str, Any], progress: Progress = silent) -> dict[str
     save_json(out, results)
     print_figures(results)
     print(f"written: {out}")
+    if out.parent == run_dir and (run_dir / "config.yaml").is_file():
+        report(run_dir)
     return results
 
 

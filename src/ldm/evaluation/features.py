@@ -98,13 +98,23 @@ class InceptionFeatures:
     Args:
         weights: file that holds torch-fidelity's weights; None for PyTorch's hub cache, downloaded where it has none.
         device: to run on.
+        option: of the config that names the file.
+        instead: what can be done without it.
 
     Raises:
         UserError: the weights cannot be had, or are not Inception's.
     """
 
-    def __init__(self, weights: str | None, device: torch.device) -> None:
-        state = read_weights(_inception_file(weights))
+    num_features = 2048
+
+    def __init__(
+        self,
+        weights: str | None,
+        device: torch.device,
+        option: str = "inception",
+        instead: str = "metrics=[clip_frechet,cmmd] compare by CLIP",
+    ) -> None:
+        state = read_weights(_inception_file(weights, option, instead))
         # torch-fidelity would unpickle whatever the file holds: it gets bytes that we have written ourselves.
         buffer = io.BytesIO()
         torch.save({name: tensor.contiguous() for name, tensor in state.items()}, buffer)
@@ -124,8 +134,14 @@ class InceptionFeatures:
     def images(self, pictures: Pixels) -> Tensor:
         """Return (N, 2048) float32 features; torch-fidelity scales to 299 pixels as TensorFlow 1 did."""
         pixels = torch.from_numpy(pictures).movedim(-1, 1)
-        # Each picture is blown up to 299 pixels: few at a time.
-        return torch.cat([self.network(part.to(self.device))[0].float().cpu() for part in pixels.split(32)])
+        with torch.autocast(self.device.type, enabled=False):  # in validation too the figure is that of float32
+            # Each picture is blown up to 299 pixels: few at a time.
+            return torch.cat([self.network(part.to(self.device))[0].float().cpu() for part in pixels.split(32)])
+
+    def to(self, device: torch.device) -> "InceptionFeatures":
+        """Run there from now on."""
+        self.network, self.device = self.network.to(device), device
+        return self
 
 
 def cached_inception() -> Path:
@@ -133,11 +149,11 @@ def cached_inception() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
 
 
-def _inception_file(weights: str | None) -> Path:
+def _inception_file(weights: str | None, option: str, instead: str) -> Path:
     if weights is not None:
         path = Path(weights).expanduser()
         if not path.is_file():
-            raise UserError(f"inception={weights}: there is no such file (seen from {Path.cwd()})")
+            raise UserError(f"{option}={weights}: there is no such file (seen from {Path.cwd()})")
         return path
     path = cached_inception()
     if not path.is_file():
@@ -147,7 +163,7 @@ def _inception_file(weights: str | None) -> Path:
         except Exception as error:  # no network, no such address, another file: for the user one and the same
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
-                f"fid and kid look with Inception, whose weights cannot be had ({reason}): download {INCEPTION_URL} to "
-                f"{path}, or name the file with inception=…; without them metrics=[clip_frechet,cmmd] compare by CLIP"
+                f"FID and KID look with Inception, whose weights cannot be had ({reason}): download {INCEPTION_URL} to "
+                f"{path}, or name the file with {option}=…; without them {instead}"
             ) from error
     return path

@@ -132,7 +132,7 @@ def _sheet(
         told.append(line)
     path = subject.file("memorization", setting)
     save_png(path, grid(pictures, columns=6, captions=captions, scale=max(1, 128 // pictures[0].shape[0])))
-    print(f"drawn pictures beside the training pictures nearest to them: {path}")
+    subject.say(f"drawn pictures beside the training pictures nearest to them: {path}")
     return told, path.name
 
 

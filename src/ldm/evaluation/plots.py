@@ -1,10 +1,11 @@
 """What a sweep shows: each metric over guidance and over steps, and a distance over CLIP score. PNGs for a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.files import file_written_atomically
+from ldm.report.metrics import higher_is_better
 
 TITLES = {
     "prompt_accuracy": "prompt accuracy, seen pairs",
@@ -15,11 +16,15 @@ TITLES = {
     "cmmd": "CMMD",
     "memorization": "share of copies, by feature",
 }
-HIGHER_IS_BETTER = ("prompt_accuracy", "clip_score")
 AXES = {"guidance_scale": "guidance scale", "steps": "steps"}
 
 Values = Mapping[str, Sequence[Mapping[str, Any]]]
 """Of each metric its figures: rows of `steps`, `guidance_scale` and `value`."""
+
+
+def best(metric: str, values: Iterable[float]) -> float:
+    """Return the best of a metric's figures."""
+    return (max if higher_is_better(metric) else min)(values)
 
 
 def plot_sweep(values: Values, out: Path) -> list[Path]:
@@ -57,7 +62,7 @@ def _over(axis: str, values: Values, path: Path) -> Path:
             points = sorted((row[axis], row["value"]) for row in rows if row[other] == line)
             panel.plot(*zip(*points, strict=True), marker="o", label=f"{AXES[other]} {line:g}")
         panel.set_xlabel(AXES[axis])
-        panel.set_title(f"{TITLES[name]} ({'higher' if name in HIGHER_IS_BETTER else 'lower'} is better)", fontsize=9)
+        panel.set_title(f"{TITLES[name]} ({'higher' if higher_is_better(name) else 'lower'} is better)", fontsize=9)
         panel.grid(alpha=0.3)
         if len(lines) > 1:
             panel.legend(fontsize=8)

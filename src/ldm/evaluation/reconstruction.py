@@ -104,7 +104,7 @@ def reconstruction(subject: Subject) -> dict[str, Any]:
     path = subject.file("reconstruction")
     pictures = [pair[0] for pair in sheet] + [pair[1] for pair in sheet]
     save_png(path, grid(pictures, columns=len(sheet), scale=max(1, 128 // pictures[0].shape[0])))
-    print(f"held-out pictures and, below, what the VAE makes of them: {path}")
+    subject.say(f"held-out pictures and, below, what the VAE makes of them: {path}")
     return {**results, "sheet": path.name}
 
 

@@ -51,12 +51,22 @@ class Subject:
         run_dir: that its config lies in, if there is one.
         out: the file that results go to; pictures go beside it.
         progress: shows long work.
+        say: tells where pictures went, and what is to be known of a figure.
+        run: the config of the run, where it is at hand.
     """
 
     def __init__(
-        self, config: EvaluateConfig, folder: Path, run_dir: Path, out: Path, progress: Progress = silent
+        self,
+        config: EvaluateConfig,
+        folder: Path,
+        run_dir: Path,
+        out: Path,
+        progress: Progress = silent,
+        say: Callable[[str], None] = print,
+        run: TrainConfig | None = None,
     ) -> None:
-        self.config, self.folder, self.run_dir, self.out, self.progress = config, folder, run_dir, out, progress
+        self.config, self.folder, self.run_dir, self.out = config, folder, run_dir, out
+        self.progress, self.say, self._given = progress, say, run
         self._drawn: dict[tuple[Setting, str], Pixels] = {}
         self._features: dict[Any, Tensor] = {}
 
@@ -67,6 +77,15 @@ class Subject:
         return LatentDiffusionPipeline.from_pretrained(
             self.config.ckpt, dtype=self.config.dtype, device=self.config.device
         )
+
+    def draw_with(self, pipeline: LatentDiffusionPipeline, out: Path) -> None:
+        """Take this model from now on, one in training, and let pictures go beside `out`.
+
+        What was found of the real pictures is kept.
+        """
+        self.pipeline, self.channels, self.out = pipeline, pipeline.vae.config["in_channels"], out
+        self._drawn.clear()
+        self._features = {key: found for key, found in self._features.items() if not isinstance(key[1], Setting)}
 
     @cached_property
     def settings(self) -> list[Setting]:
@@ -153,16 +172,17 @@ class Subject:
 
     def run_config(self, wanted: str) -> TrainConfig:
         """Return the config of the run that trained the model; raise a UserError that says what wanted it."""
-        if self._run is None:
+        if self.run is None:
             raise UserError(
                 f"{wanted} are those of the run that trained the model, and {self.config.ckpt} has no config.yaml "
                 "beside it: evaluate a run directory of train.py"
             )
-        return self._run
+        return self.run
 
     @cached_property
-    def _run(self) -> TrainConfig | None:
-        return load_run_config(self.run_dir)
+    def run(self) -> TrainConfig | None:
+        """The config of the run that trained the model; None where it is not known."""
+        return self._given or load_run_config(self.run_dir)
 
     @property
     def background(self) -> tuple[int, int, int]:
@@ -186,7 +206,7 @@ class Subject:
     @property
     def _roots(self) -> list[Path]:
         """Where the run's `output_dir` may lie: as it was told, or above the run directory."""
-        told = [] if self._run is None else [Path(self._run.output_dir)]
+        told = [] if self.run is None else [Path(self.run.output_dir)]
         return [*told, *self.run_dir.absolute().parents[:2]]
 
     def some(self, split: str, num: int | None) -> NDArray[np.int64]:

@@ -12,10 +12,15 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.config import AutoencoderStage
+from ldm.data.images import WHITE, to_pixels
 from ldm.data.pictures import Pictures
 from ldm.errors import UserError
+from ldm.evaluation.distances import frechet_metric
+from ldm.evaluation.features import InceptionFeatures
+from ldm.evaluation.real import to_rgb
 from ldm.nn.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.nn.discriminator import PatchDiscriminator
+from ldm.ranks import say
 from ldm.training.module import StageModule, step_generator
 from ldm.training.optim import build_optimizer
 from ldm.training.perceptual import LPIPS
@@ -39,8 +44,12 @@ class AutoencoderModule(StageModule):
     follows, on the same pictures, past Lightning. So a global step is a step of the VAE, for the schedule, the average,
     `max_steps` and `start` alike.
 
+    Validation shows held-out pictures to the average, where there is one: PSNR, SSIM and LPIPS as means over batches,
+    and with `rfid` the Fréchet distance of Inception's features between all pictures that it sees and their
+    reconstructions by the posterior's mean. As any FID it is too large over few, see `trainer.val_batches`.
+
     Raises:
-        UserError: LPIPS was asked for and its weights cannot be had.
+        UserError: LPIPS or rFID was asked for and the weights cannot be had.
     """
 
     stage = "autoencoder"
@@ -56,10 +65,18 @@ class AutoencoderModule(StageModule):
         self.register_parameter("logvar", nn.Parameter(torch.zeros(())) if config.learned_logvar else None)
         # Outside the module tree: no checkpoint and no gradient synchronisation sees it.
         self.frozen: tuple[LPIPS, ...] = ()
+        for name, looks in (("perceptual=null", config.perceptual), ("rfid=false", config.rfid)):
+            if looks and vae.config["out_channels"] == 4:
+                raise UserError(f"LPIPS and Inception see RGB, and this VAE has alpha: set autoencoder.{name}")
         if config.perceptual:
-            if vae.config["out_channels"] == 4:
-                raise UserError("LPIPS compares RGB, and this VAE has alpha: set autoencoder.perceptual=null")
             self.frozen = (LPIPS(config.perceptual),)
+        self.inception: InceptionFeatures | None = None
+        if config.rfid:
+            weights = config.rfid if isinstance(config.rfid, str) else None
+            self.inception = InceptionFeatures(
+                weights, torch.device("cpu"), "autoencoder.rfid", "autoencoder.rfid=false trains all the same"
+            )
+            self.frechet = frechet_metric(self.inception.num_features)
         self.discriminator: PatchDiscriminator | None = None
         if config.discriminator:
             with torch.random.fork_rng(devices=[]):
@@ -91,6 +108,10 @@ class AutoencoderModule(StageModule):
         """Whether the discriminator takes part in this step."""
         return self.config.discriminator is not None and self.global_step >= self.config.discriminator.start
 
+    def on_validation_epoch_start(self) -> None:
+        if self.inception is not None:
+            self.frechet.reset()
+
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         image = batch["image"]
         losses, _ = self.losses(
@@ -103,6 +124,14 @@ class AutoencoderModule(StageModule):
         for lpips in self.frozen:
             losses["lpips"] = lpips(reconstruction, image).mean()
         self.log_losses(losses, len(image))
+        if self.inception is not None:
+            for pictures, real in ((image, True), (reconstruction, False)):
+                features = self.inception.images(to_rgb(to_pixels(pictures), WHITE))
+                self.frechet.update(features.to(self.device, torch.float64), real=real)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.inception is not None:
+            self.log("autoencoder/val_rfid", self.frechet.compute().float(), sync_dist=True)
 
     def losses(
         self, vae: Any, image: Tensor, generator: torch.Generator, judged: bool = False
@@ -169,6 +198,13 @@ class AutoencoderModule(StageModule):
     def on_fit_start(self) -> None:
         for lpips in self.frozen:
             lpips.to(self.device)
+        if self.inception is not None:
+            self.inception.to(self.device)
+            trainer: Any = self.trainer
+            seen = trainer.limit_val_batches * self.config.batch_size * trainer.world_size
+            num = min(seen, len(trainer.datamodule.val))
+            if 0 < num < self.inception.num_features:  # the covariance is not of full rank
+                say(f"  rFID over {num} held-out pictures is far too large: compare it over the same ones alone")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

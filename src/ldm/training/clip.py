@@ -1,9 +1,9 @@
 """Train CLIP: pictures and their captions are drawn together, all others pushed apart.
 
-B batch.
+B batch, P width of the common space.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,13 @@ from torch.nn import functional as F
 
 from ldm.conditioner import tokenize
 from ldm.config import ClipStage
+from ldm.data.pictures import Pictures
+from ldm.data.stream import Stream
+from ldm.evaluation.clip_score import retrieve
 from ldm.nn.clip import CLIP
-from ldm.training.module import StageModule
+from ldm.training.module import StageModule, gathered
+
+CAPTIONS = 256  # embedded at once in validation
 
 
 class ClipModule(StageModule):
@@ -28,29 +33,68 @@ class ClipModule(StageModule):
     def __init__(self, clip: CLIP, tokenizer: Any, max_length: int, config: ClipStage, seed: int) -> None:
         super().__init__(clip, config.optim, config.max_steps, seed)
         self.tokenizer, self.max_length = tokenizer, max_length
+        self._seen: list[tuple[int, str, Tensor]] = []  # of each picture in validation: number, caption, embedding
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        losses = self.losses(batch)
+        losses = self.losses(*self.embed(batch))
         self.log_losses(losses, len(batch["caption"]))
         return losses["loss"]
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.log_losses(self.losses(batch), len(batch["caption"]))
+    def embed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of captions and of pictures, (B, P) each, not normalised."""
+        clip: CLIP = self.network  # type: ignore[assignment]
+        return self._embed_captions(batch["caption"]), clip.encode_image(batch["image"])
+
+    def _embed_captions(self, captions: Sequence[str]) -> Tensor:
+        clip: CLIP = self.network  # type: ignore[assignment]
+        return clip.encode_text(tokenize(self.tokenizer, captions, self.max_length).to(self.device))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.network.logit_scale.clamp_(max=4.6052)  # type: ignore[operator]  # ln 100
 
-    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the loss and the share of pictures whose own caption is the nearest in the batch."""
-        input_ids = tokenize(self.tokenizer, batch["caption"], self.max_length).to(self.device)
-        clip: CLIP = self.network  # type: ignore[assignment]
-        text, image = clip.encode_text(input_ids), clip.encode_image(batch["image"])
+    def losses(self, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """Return the loss and the share of pictures whose own caption is the nearest in the batch.
+
+        Args:
+            text, image: (B, P) embeddings.
+        """
         if self.training and self.trainer.world_size > 1:  # each picture is told apart from those of all ranks
-            gathered: Any = [self.all_gather(each, sync_grads=True) for each in (text, image)]
-            text, image = (each.flatten(0, 1) for each in gathered)
+            both: Any = [self.all_gather(each, sync_grads=True) for each in (text, image)]
+            text, image = (each.flatten(0, 1) for each in both)
+        clip: CLIP = self.network  # type: ignore[assignment]
         logits = clip.compare(text, image)  # (B, B): a row for each picture
         own = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return {"loss": loss, "recall": (logits.argmax(1) == own).float().mean()}
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._seen = []
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        text, image = self.embed(batch)
+        self.log_losses({"loss": self.losses(text, image)["loss"]}, len(image))
+        loader: Any = self.trainer.val_dataloaders
+        indices = [index for index, _ in loader.batch_sampler[batch_idx]]
+        self._seen += zip(indices, batch["caption"], image.float().cpu(), strict=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log retrieval among all pictures that this validation has seen, on any rank, and all their captions."""
+        seen = {index: (caption, embedding) for index, caption, embedding in gathered(self._seen)}
+        order = sorted(seen)  # each once, as evaluation comes upon them
+        pictures: Pictures = self.trainer.datamodule.val  # type: ignore[attr-defined]
+        if isinstance(pictures.source, Stream):  # a picture that is broken has another in its place
+            captions: list[Sequence[str]] = [[seen[index][0]] for index in order]
+        else:
+            captions = [pictures.captions[index] for index in order]
+        found = retrieve(torch.stack([seen[index][1] for index in order]), captions, self._embed_all)
+        for name, value in found.items():
+            self.log(f"{self.stage}/val_{name}", value, sync_dist=True)
+
+    def _embed_all(self, captions: Sequence[str]) -> Tensor:
+        with self.trainer.precision_plugin.forward_context():
+            parts = [self._embed_captions(captions[i : i + CAPTIONS]) for i in range(0, len(captions), CAPTIONS)]
+        return torch.cat(parts).float().cpu()

@@ -3,12 +3,13 @@
 B batch, C latent channels, h w latents, L tokens, D width, T training steps.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.conditioner import Conditioner
 from ldm.config import Diffusion, Optim, Sampling
@@ -22,6 +23,9 @@ from ldm.training.masks import latent_masks, random_masks, seeing
 from ldm.training.module import StageModule, step_generator
 
 NUM_BANDS = 4
+# Of the frozen VAE and text encoder, by the precision of training: Stable Diffusion's VAE overflows in fp16.
+FROZEN_DTYPES = {"bf16-mixed": (torch.bfloat16, torch.bfloat16), "16-mixed": (None, torch.float16)}
+M = TypeVar("M", bound=nn.Module)
 
 
 class DiffusionModule(StageModule):
@@ -66,8 +70,10 @@ class DiffusionModule(StageModule):
         self.bands: dict[str, Tensor] = {}  # of each validation loss: its sum and the count of samples, by timestep
 
     def on_fit_start(self) -> None:
-        for module in self.frozen:
-            module.to(self.device)
+        """Put the frozen parts where training is; under mixed precision copies in half, the given ones stay whole."""
+        vae, conditioner = self.frozen
+        vae_dtype, text_dtype = FROZEN_DTYPES.get(str(self.trainer.precision), (None, None))
+        self.frozen = _placed(vae, self.device, vae_dtype), _placed(conditioner, self.device, text_dtype)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         generator = self.generator(batch_idx)
@@ -81,10 +87,10 @@ class DiffusionModule(StageModule):
 
     def encode(self, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return freshly sampled latents (B, C, h, w) and context (B, L, D)."""
-        vae, conditioner = self.frozen
-        with torch.no_grad():
-            moments = batch["moments"] if "moments" in batch else vae.encode(batch["image"])
-            context = batch["context"] if "context" in batch else conditioner(batch["caption"])
+        conditioner = self.frozen[1]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # they have the dtype to compute in
+            moments = batch["moments"] if "moments" in batch else self._moments(batch["image"])
+            context = batch["context"] if "context" in batch else conditioner(batch["caption"]).float()
             return self._latents(moments, generator), context
 
     def masked(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
@@ -95,10 +101,14 @@ class DiffusionModule(StageModule):
         if not self.evaluated.sees_mask:
             return None
         vae, image = self.frozen[0], batch["image"]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             masks = random_masks(len(image), image.shape[2], image.shape[3], generator)
-            latents = self._latents(vae.encode(image * (1 - masks)), generator)
+            latents = self._latents(self._moments(image * (1 - masks)), generator)
             return torch.cat([latent_masks(masks, vae.downscale_factor), latents], dim=1)
+
+    def _moments(self, image: Tensor) -> Tensor:
+        vae = self.frozen[0]
+        return vae.encode(image.to(next(vae.parameters()).dtype)).float()
 
     def _latents(self, moments: Tensor, generator: torch.Generator) -> Tensor:
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
@@ -177,19 +187,18 @@ class DiffusionModule(StageModule):
                 key = f"{self.stage}/val_{name}/t{ends[band]}-{ends[band + 1]}"
                 self.log(key, total[band] / count[band], sync_dist=True)
 
+    def pipeline(self, unet: UNet) -> LatentDiffusionPipeline:
+        """Return what draws with `unet`, the average or the weights in training, as `sample.py` will."""
+        settings = self.sampling.model_dump()
+        return LatentDiffusionPipeline(
+            unet, *self.frozen, self.schedule, self.config.prediction_type, settings=settings
+        )
+
     def preview(self, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
         """Draw the fixed prompts from fixed noise with the averaged weights; an inpainting U-Net draws all of it."""
         prompts = list(self.prompts[:num_images])
-        vae, conditioner = self.frozen
-        pipeline = LatentDiffusionPipeline(
-            self.evaluated,
-            vae,
-            conditioner,
-            self.schedule,
-            self.config.prediction_type,
-            settings=self.sampling.model_dump(),
-        )
-        size = self.evaluated.config["sample_size"] * vae.downscale_factor
+        pipeline = self.pipeline(self.evaluated)
+        size = pipeline.default_size
         ground: dict[str, Any] = {}
         if self.evaluated.sees_mask:
             white = np.full((size, size), 255, np.uint8)
@@ -197,3 +206,8 @@ class DiffusionModule(StageModule):
         seeds = range(self.seed, self.seed + len(prompts))
         images = pipeline.generate(prompts, seeds, height=size, width=size, **ground)
         return torch.stack(list(images)), prompts
+
+
+def _placed(part: M, device: torch.device, dtype: torch.dtype | None) -> M:
+    """Return a part on a device; with a dtype a copy, since what was given is saved with the model."""
+    return part.to(device) if dtype is None else copy.deepcopy(part).to(device, dtype)

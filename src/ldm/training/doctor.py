@@ -52,6 +52,24 @@ class Cost(NamedTuple):
     loss: float
 
 
+class Kept(NamedTuple):
+    """What of a network will lie on the disk, in float32."""
+
+    numel: int
+    averages: int  # in each checkpoint
+    snapshots: int  # of averages, that stay
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes: the weights, Adam's two moments and the averages."""
+        return 4 * self.numel * (3 + self.averages)
+
+    @property
+    def stays(self) -> int:
+        """Bytes: the result and the snapshots."""
+        return 4 * self.numel * (1 + self.snapshots)
+
+
 def examine(config: TrainConfig) -> bool:
     """Print what there is to say about a run, and leave a sheet of samples, `doctor.png`, in its directory.
 
@@ -235,19 +253,19 @@ def _measure_latents(vae: AutoencoderKL, pictures: Pictures, report: Report) -> 
 
 def _measure_steps(
     config: TrainConfig, squares: Pictures, train: Pictures, vae: Any, conditioner: Conditioner, report: Report
-) -> list[tuple[int, bool]]:
+) -> list[Kept]:
     """Time real steps of what this run will train, and say how long it will take.
 
     Returns:
-        Of each network that will be trained: its number of parameters, and whether there is an average of them.
+        What there will be of each network that is trained.
     """
-    seconds, networks = 0.0, []
+    seconds, networks = 0.0, list[Kept]()
     for stage in config.stages:
         if is_done(config, stage):
             report.add(Finding("steps", f"{stage}: up to date"))
             continue
         module = _module(config, stage, vae, conditioner)
-        networks.append((sum(p.numel() for p in module.network.parameters()), module.ema is not None))
+        networks.append(_kept(config, module))
         if stage != "diffusion":
             batch_size = getattr(config, stage).batch_size
             cost = _step(config, module, squares, batch_size, squares.view_sizes[0], report)
@@ -270,6 +288,13 @@ def _measure_steps(
         seconds += total / num_batches * config.trainer.accumulate_grad_batches * config.trainer.max_steps
     report.add(Finding("length", f"about {_duration(seconds)} in all, without validation and sample grids"))
     return networks
+
+
+def _kept(config: TrainConfig, module: StageModule) -> Kept:
+    lengths, snapshots = len(module.posthoc), 0
+    if lengths and config.diffusion.posthoc_ema:  # the last step has its own, whether it is due or not
+        snapshots = lengths * -(-config.trainer.max_steps // config.diffusion.posthoc_ema.every)
+    return Kept(sum(p.numel() for p in module.network.parameters()), (module.ema is not None) + lengths, snapshots)
 
 
 def _module(config: TrainConfig, stage: Stage, vae: Any, conditioner: Conditioner) -> StageModule:
@@ -395,10 +420,10 @@ def _weigh(
     train: Pictures,
     vae: Any,
     conditioner: Conditioner,
-    networks: Sequence[tuple[int, bool]],
+    networks: Sequence[Kept],
     report: Report,
 ) -> None:
-    """Compare the disk that the cache and the checkpoints need with what is free."""
+    """Compare the disk that the cache, the checkpoints and the averages need with what is free."""
     cache = 0
     if config.data.cache:
         latents = train.view_sizes.astype(np.int64).prod(1).sum() // vae.downscale_factor**2
@@ -406,14 +431,15 @@ def _weigh(
         tokens = len({text for texts in train.captions for text in texts}) * conditioner.max_length
         context = tokens * conditioner.text_tower.config["hidden_size"]
         cache = (moments + context) * (4 if config.data.cache_dtype == "fp32" else 2)
-    # A checkpoint holds the weights, Adam's two moments and the average; while one is written, that before is there.
-    whole = [4 * numel * (4 if averaged else 3) for numel, averaged in networks]
-    checkpoints = 2 * max(whole, default=0) + sum(4 * numel for numel, _ in networks)
+    # While a checkpoint is written, that before is there.
+    checkpoints = 2 * max((each.checkpoint for each in networks), default=0) + sum(each.stays for each in networks)
     place = next(
         path for path in (Path(config.output_dir), *Path(config.output_dir).absolute().parents) if path.exists()
     )
     free = shutil.disk_usage(place).free
-    text = f"cache about {_bytes(cache)}, checkpoints and model {_bytes(checkpoints)}; {_bytes(free)} free in {place}"
+    snapshots = sum(each.snapshots for each in networks)
+    kept = f"checkpoints, model and {snapshots} averages" if snapshots else "checkpoints and model"
+    text = f"cache about {_bytes(cache)}, {kept} {_bytes(checkpoints)}; {_bytes(free)} free in {place}"
     report.add(Finding("disk", text, "ruin" if cache + checkpoints > free else "note"))
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -84,26 +85,48 @@ def check_weights(stage: Stage, step: int, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def explaining_want_of_memory(config: TrainConfig, stage: Stage, precision: str) -> Iterator[None]:
-    """Turn running out of memory into a UserError that says what took it and what to try.
+    """Turn running out of memory in training into a UserError that says what took it and what to try.
 
     Args:
         config: of the run.
         stage: in training.
         precision: that it trains in.
     """
+    part = config.data if stage == "diffusion" else getattr(config, stage)
+    what = f"for batches of {part.batch_size} at {config.data.resolution} px in {precision}"
+    then = (
+        "The same command then goes on from the last checkpoint where the change allows it, and anew with resume=never"
+    )
+    with _explaining(stage, what, _remedies(config, stage, precision), then):
+        yield
+
+
+@contextmanager
+def explaining_want_of_memory_to_encode(config: TrainConfig, batch_size: int, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory while the cache is encoded or opened into a UserError, as in training.
+
+    Args:
+        config: of the run.
+        batch_size: of encoding.
+        device: that encodes.
+    """
+    what = f"to encode batches of {batch_size} at {config.data.resolution} px in float32"
+    then = "A cache of the same pictures goes on from what is there"
+    with _explaining("cache", what, _remedies_to_encode(config, batch_size, device), then):
+        yield
+
+
+@contextmanager
+def _explaining(who: str, what: str, remedies: Iterator[str | None], then: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_want_of_memory(error):
             raise
-        part = config.data if stage == "diffusion" else getattr(config, stage)
         where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
-        remedies = [each for each in _remedies(config, stage, precision) if each]
-        steps = ", ".join(f"({i}) {remedy}" for i, remedy in enumerate(remedies[:3], start=1))
+        steps = ", ".join(f"({i}) {remedy}" for i, remedy in enumerate(islice(filter(None, remedies), 3), start=1))
         raise UserError(
-            f"{stage}: the memory of {where} is not enough for batches of {part.batch_size} at "
-            f"{config.data.resolution} px in {precision}. Try, in this order: {steps}. The same command then goes on "
-            f"from the last checkpoint where the change allows it, and anew with resume=never "
+            f"{who}: the memory of {where} is not enough {what}. Try, in this order: {steps}. {then} "
             f"({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__})"
         ) from error
 
@@ -131,4 +154,18 @@ def _remedies(config: TrainConfig, stage: Stage, precision: str) -> Iterator[str
         yield f"{stage}.batch_size={batch_size // 2}"
     yield f"data.resolution={config.data.resolution // 2}"
     yield {"diffusion": "a smaller unet=", "autoencoder": "a smaller vae=", "clip": "a smaller text_encoder="}[stage]
+    yield "a machine with more of it"
+
+
+def _remedies_to_encode(config: TrainConfig, batch_size: int, device: torch.device) -> Iterator[str]:
+    """Give what may help, what costs least first."""
+    if config.data.cache_on_device:
+        yield "data.cache_on_device=false"
+    if device.type != "cpu":
+        yield "trainer=cpu data.cache=build, which encodes on the processor, and then this command"
+    if config.data.cache != "build":
+        fewer = max(1, min(config.data.batch_size, batch_size // 2))
+        yield f"data.cache=false data.batch_size={fewer}, which encodes the pictures of each step"
+    yield f"data.resolution={config.data.resolution // 2}"
+    yield "a smaller vae="
     yield "a machine with more of it"

@@ -10,12 +10,13 @@ from ldm.config import ShapesData, Stage, TrainConfig
 from ldm.data.buckets import Buckets
 from ldm.data.cache_reader import CachedLatents
 from ldm.data.datamodule import DataModule
-from ldm.data.latents import cached_latents, encoders_digest
+from ldm.data.latents import at_once, cached_latents, encoders_digest
 from ldm.data.pictures import Pictures
 from ldm.data.sources import content, open_sources, training_order
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.unet import UNet
 from ldm.ranks import main_process, say
+from ldm.training.failures import explaining_want_of_memory_to_encode
 from ldm.training.networks import build_unet, load_frozen
 from ldm.training.stages import recorded_pictures, require_result
 
@@ -63,17 +64,25 @@ def open_cache(
     device: torch.device,
     num_readers: int = 1,
 ) -> tuple[CachedLatents, CachedLatents]:
+    """Open the caches of both splits, encoded first on `device` where they are not whole; the encoders leave it again.
+
+    Raises:
+        UserError: see `cached_latents`; the memory is not enough, with what to try.
+    """
     root = Path(config.output_dir) / "cache"
-    vae.to(device), conditioner.to(device)
     encoders = encoders_digest(vae, conditioner)
     dtype = CACHE_DTYPES[config.data.cache_dtype]
     memory: Any = device if config.data.cache_on_device else "auto"
     if config.data.cache == "build":
         memory = "disk"  # nobody will read it now
-    train_cache, val_cache = (
-        cached_latents(root, pictures, vae, conditioner, ENCODE_BATCH, dtype, memory, encoders, num_readers)
-        for pictures in (train, val)
-    )
+    views = at_once(ENCODE_BATCH, config.data.resolution, config.data.resolution)
+    with explaining_want_of_memory_to_encode(config, views, device):
+        vae.to(device), conditioner.to(device)
+        train_cache, val_cache = (
+            cached_latents(root, pictures, vae, conditioner, ENCODE_BATCH, dtype, memory, encoders, num_readers)
+            for pictures in (train, val)
+        )
+    vae.cpu(), conditioner.cpu()
     return train_cache, val_cache
 
 

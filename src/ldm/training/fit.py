@@ -15,6 +15,7 @@ from ldm.conditioner import train_tokenizer
 from ldm.config import Stage, TrainConfig
 from ldm.data.datamodule import DataModule
 from ldm.errors import UserError
+from ldm.evaluation.features import InceptionFeatures
 from ldm.files import written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.ranks import say
@@ -33,6 +34,7 @@ from ldm.training.feed import (
     warn_of_other_pictures,
 )
 from ldm.training.loggers import MetricsCSV
+from ldm.training.measuring import Measure
 from ldm.training.module import StageModule
 from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, check_networks, load_frozen
 from ldm.training.optim import build_optimizer
@@ -57,6 +59,8 @@ def check_at_the_door(config: TrainConfig, stages: Sequence[Stage]) -> None:
         UserError: networks or optimizers cannot be built; a checkpoint in the run directory is another config's.
     """
     check_networks(config, stages)
+    if "diffusion" in stages and {"fid", "kid"} & set(config.evaluation.metrics):
+        InceptionFeatures(config.evaluation.inception, torch.device("cpu"), "evaluation.inception")
     for stage in stages:
         optim = config.optim if stage == "diffusion" else getattr(config, stage).optim
         build_optimizer(nn.Linear(1, 1), optim, stage_steps(config, stage))
@@ -66,7 +70,7 @@ def check_at_the_door(config: TrainConfig, stages: Sequence[Stage]) -> None:
 # ------------------------------------------------------------------------------------------------------ the stages
 
 
-def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> float | None:
+def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> None:
     """Train the VAE, fold its latent statistics into it, and write `vae/` into `place`.
 
     One that begins with pretrained weights is a result like any other; where its decoder alone is trained, its latents
@@ -91,7 +95,6 @@ def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> float | N
             save_network(vae, folder / "vae")
             record_result(config, "autoencoder", folder, feed.content)
     trainer.strategy.barrier()
-    return _validation_loss(trainer, module)
 
 
 def first_vae(config: TrainConfig) -> AutoencoderKL:
@@ -108,7 +111,7 @@ def first_vae(config: TrainConfig) -> AutoencoderKL:
     return vae
 
 
-def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> float | None:
+def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> None:
     """Train the vocabulary and both towers; write `clip/`, `text_encoder/` and `tokenizer/` into `place`."""
     train, val = open_pictures(config)
     captions = (text for texts in train.captions for text in texts)
@@ -126,10 +129,9 @@ def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> float | None:
             tokenizer.save_pretrained(folder / "tokenizer")
             record_result(config, "clip", folder, feed.content)
     trainer.strategy.barrier()
-    return _validation_loss(trainer, module)
 
 
-def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> float | None:
+def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> None:
     """Train the U-Net over the frozen VAE and text encoder; complete the model folder `place`."""
     vae, conditioner = load_frozen(config)
     unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
@@ -140,10 +142,12 @@ def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> float | Non
         unet, schedule, config.diffusion, config.optim, config.trainer.max_steps, config.seed,
         vae, conditioner, config.sampling, prompts,
     )  # fmt: skip
-    averages = (
-        [SaveAverages(config.diffusion.posthoc_ema, Path(config.run_dir))] if config.diffusion.posthoc_ema else []
-    )
-    trainer = build_trainer(config, module, *averages)
+    callbacks: list[pl.Callback] = []
+    if config.diffusion.posthoc_ema:
+        callbacks.append(SaveAverages(config.diffusion.posthoc_ema, Path(config.run_dir)))
+    if config.evaluation.metrics:
+        callbacks.append(Measure(config, module))
+    trainer = build_trainer(config, module, *callbacks)
     if trainer.is_global_zero:
         say_what_is_cut(config, train, conditioner, trainer.world_size)
     datasets: tuple[Any, Any] = (train, val)
@@ -163,10 +167,9 @@ def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> float | Non
         save_pipeline_index(place, schedule, config.diffusion.prediction_type, config.sampling.model_dump())
         record_result(config, "diffusion", place, feed.content)
     trainer.strategy.barrier()
-    return _validation_loss(trainer, module)
 
 
-FIT: Mapping[Stage, Callable[[TrainConfig, Path, Begin], float | None]] = {
+FIT: Mapping[Stage, Callable[[TrainConfig, Path, Begin], None]] = {
     "autoencoder": fit_autoencoder,
     "clip": fit_clip,
     "diffusion": fit_diffusion,
@@ -322,8 +325,3 @@ def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None)
     if step > (last := stage_steps(config, stage)):
         raise UserError(f"{path} is at step {step}, past the {last} that this run asks for. {mend}")
     return step
-
-
-def _validation_loss(trainer: pl.Trainer, module: StageModule) -> float | None:
-    loss = trainer.callback_metrics.get(f"{module.stage}/val_loss")
-    return None if loss is None else float(loss)

@@ -4,7 +4,7 @@ An optimizer step whose losses or gradients are not finite changes nothing: it e
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -15,6 +15,8 @@ from ldm.errors import UserError
 from ldm.training.ema import EMA, PowerEMA, ScheduleFreeAverage
 from ldm.training.failures import SkippedStep, check_weights, describe, name_samples, not_finite
 from ldm.training.optim import build_optimizer
+
+T = TypeVar("T")
 
 
 def step_generator(
@@ -213,10 +215,10 @@ class StageModule(pl.LightningModule):
         return None
 
 
-def gathered(texts: list[str]) -> list[str]:
-    """Return what all ranks say; all must call it."""
+def gathered(items: list[T]) -> list[T]:
+    """Return the items of all ranks, in their order; all must call it."""
     if not torch.distributed.is_initialized():
-        return texts
-    said: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(said, texts)
-    return [text for of_rank in said for text in of_rank]
+        return items
+    found: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(found, items)
+    return [item for of_rank in found for item in of_rank]

@@ -22,10 +22,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ldm.cli import nearest
 from ldm.config import STAGES, ShapesData, Stage, TrainConfig, check
 from ldm.data.shapes import VERSION as SHAPES_VERSION
 from ldm.errors import UserError
 from ldm.ranks import main_process, say
+from ldm.sweep import last_values, ranked_by
 
 RESULT = "stage.json"  # beside a stage's result: the config that it was trained with
 
@@ -34,7 +36,7 @@ def run_from_hydra(composed: Any) -> float | None:
     """Check a composed config and run it; jobs of a sweep each get a directory named by their overrides.
 
     Returns:
-        The last validation loss of the last stage trained, for Hydra's sweepers; None where no validation was due.
+        The last value of `optimized_metric`, for Hydra's sweepers; None where there was no validation yet.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -55,7 +57,11 @@ def sweep_name(overrides: Sequence[str]) -> str:
     >>> sweep_name(["experiment=shapes", "optim.lr=1e-3", "stages=[diffusion]"])
     'optim.lr-1e-3'
     """
-    told = [item for item in overrides if item.partition("=")[0] not in ("experiment", "name", "output_dir", "stages")]
+    told = [
+        item
+        for item in overrides
+        if item.partition("=")[0] not in ("experiment", "name", "output_dir", "stages", "sweep")
+    ]
     name = re.sub(r"[^\w.,+-]+", "-", "_".join(told)).strip("-") or "job"
     return name if len(name.encode()) <= 200 else f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
@@ -87,17 +93,30 @@ def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
             from ldm.training.fit import check_at_the_door
 
             check_at_the_door(config, missing)
-        loss = None
         for stage in STAGES:
-            loss = _run_stage(stage, config, run_dir, overrides, loss)
+            _run_stage(stage, config, run_dir, overrides)
+        _report(run_dir, trained=bool(missing))
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()  # the next job of a sweep is a run of its own
-    return loss
+    return optimized(config, run_dir)
 
 
-def _run_stage(
-    stage: Stage, config: TrainConfig, run_dir: Path, overrides: Sequence[str], loss: float | None
-) -> float | None:
+def optimized(config: TrainConfig, run_dir: Path) -> float | None:
+    """Return the last value of `optimized_metric`: the validation loss of the last stage unless another was named.
+
+    Raises:
+        UserError: the run has no such figure.
+    """
+    metric, values = ranked_by(config.model_dump(include={"optimized_metric", "stages"})), last_values(run_dir)
+    if config.optimized_metric and metric not in values:
+        raise UserError(
+            f"optimized_metric={metric} is not in {run_dir}/metrics.csv{nearest(metric, values)}; it has: "
+            + (", ".join(sorted(values)) or "nothing")
+        )
+    return values.get(metric)
+
+
+def _run_stage(stage: Stage, config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> None:
     place = result_folder(config, stage)
     if stage in config.stages and not is_done(config, stage):
         from ldm.training import fit
@@ -107,13 +126,21 @@ def _run_stage(
             say(f"{stage:12} training, {stage_steps(config, stage)} steps")
 
         started = time.monotonic()
-        loss = fit.FIT[stage](config, place, begin)
+        fit.FIT[stage](config, place, begin)
         say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
     elif stage in config.stages:
         say(f"{stage:12} up to date: {place}")
     if stage != "diffusion" and is_done(config, stage) and main_process():
         _link_result(place, run_dir / "model", PARTS[stage])
-    return loss
+
+
+def _report(run_dir: Path, trained: bool) -> None:
+    """Write the report where something was trained, or where a run has none yet."""
+    is_run = (run_dir / "config.yaml").exists()
+    if main_process() and is_run and (trained or not (run_dir / "report" / "index.html").exists()):
+        from ldm.report import report
+
+        report(run_dir)
 
 
 # Where the model folder keeps what a stage trains.
@@ -147,7 +174,7 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     trainer = values["trainer"]
     common = {"data": data, "seed": config.seed, "overfit_batches": trainer["overfit_batches"]}
     if stage == "autoencoder":
-        own = values["autoencoder"]
+        own = {key: value for key, value in values["autoencoder"].items() if key != "rfid"}  # looks on
         if own["perceptual"]:  # where its weights lie decides nothing
             own = {**own, "perceptual": {k: v for k, v in own["perceptual"].items() if k != "weights"}}
         return {**common, "vae": values["vae"], "autoencoder": own}
