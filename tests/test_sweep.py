@@ -54,13 +54,14 @@ def test_seeds_stand_together_and_the_best_comes_first(sweep):
 def test_columns_are_those_asked_for_and_the_first_ranks(sweep):
     job(sweep, "none", 0, 0.0)
     (sweep / "seed-0_recipe-none" / "metrics.csv").unlink()  # died before it measured anything
+    job(sweep, "broken", 0, float("nan"))
     found = summarize(sweep, ["diffusion/val_loss", "diffusion/prompt_accuracy/guidance 3"])
     assert [row["told"] for row in found["jobs"]] == [
-        "recipe=flow", "recipe=v", "recipe=epsilon", "recipe=none",
+        "recipe=flow", "recipe=v", "recipe=epsilon", "recipe=broken", "recipe=none",
     ]  # fmt: skip
     table = (sweep / "sweep.md").read_text().splitlines()
     assert table[2] == "| `recipe=flow` | 1 | 0.1 | 0.3 |"  # the lowest loss first
-    assert table[-1] == "| `recipe=none` | 1 | – | – |"
+    assert table[-2:] == ["| `recipe=broken` | 0 | – | – |", "| `recipe=none` | 0 | – | – |"]
 
 
 def test_without_a_named_metric_the_last_stage_s_loss_ranks(sweep):
@@ -90,7 +91,7 @@ def test_the_recipes_are_one_sweep_that_ends_in_a_ranking(tmp_path, capsys):
     """As typed, but two recipes of a tiny model: each is trained by its own objective, and ranked."""
     tiny = [item for item in TINY if item != "evaluation.metrics=[]"]
     arguments = [
-        "-m", "sweep=recipes", *tiny, f"output_dir={tmp_path}", "seed=0", "recipe=flow,epsilon_min_snr",
+        "-m", "sweep=recipes", *tiny, f"output_dir={tmp_path}", "seed=0", "recipe=flow,min_snr",
         "evaluation.num_prompts=2", "evaluation.steps=2", "evaluation.guidance_scale=[1,2]",
         "evaluation.weights=[ema]", "trainer.val_every=3",
     ]  # fmt: skip
@@ -104,7 +105,7 @@ def test_the_recipes_are_one_sweep_that_ends_in_a_ranking(tmp_path, capsys):
         for path in tmp_path.glob("recipes/*/config.yaml")
     }
     trained = sorted((config["prediction_type"], config["weighting"]) for config in configs.values())
-    assert trained == [("epsilon", "min_snr"), ("flow_prediction", "uniform")]
+    assert trained == [("flow_prediction", "uniform"), ("v_prediction", "min_snr")]
     assert all("recipe-" in name and "sweep" not in name.replace("sweep=", "") for name in configs)
     out = capsys.readouterr().out
     assert "draw with the best: python sample.py ckpt=" in out
@@ -120,4 +121,4 @@ def test_every_recipe_composes(monkeypatch):
     options = {path.stem for path in (ROOT / "conf/recipe").glob("*.yaml")}
     assert set(named.split(",")) == options
     for option in options:
-        tiny_config("out", "sweep=recipes", f"recipe={option}")
+        tiny_config("out", "sweep=recipes", f"recipe={option}", "evaluation.metrics=[prompt_accuracy]")

@@ -415,6 +415,12 @@ class Diffusion(Section):
                 "zero_terminal_snr=true ends in pure noise, which says nothing of the picture that prediction_type="
                 "epsilon would find behind it: take diffusion=v or x0, or zero_terminal_snr=false"
             )
+        if self.weighting != "uniform" and self.zero_terminal_snr:
+            raise ValueError(
+                f"weighting={self.weighting} weighs timesteps by their signal-to-noise ratio, which "
+                "zero_terminal_snr=true makes zero at the first step of sampling: it would never be trained; take "
+                "weighting=uniform"
+            )
         if self.prediction_type != "flow_prediction":
             return self
         if self.zero_terminal_snr:
@@ -579,6 +585,19 @@ class TrainConfig(Section):
                 f"evaluation.metrics: prompt_accuracy reads pictures of the built-in shapes, not of "
                 f"data={self.data.kind}: take clip_score"
             )
+        wanted = self.optimized_metric
+        if wanted is not None:
+            stage, _, name = wanted.partition("/")
+            of_drawings = [metric for metric in DRAWING if name.startswith(metric)]
+            if stage not in stages or not name or (of_drawings and not metrics & set(of_drawings)):
+                raise ValueError(
+                    f"optimized_metric={wanted} will not be in metrics.csv: "
+                    + (
+                        f"ask for it with evaluation.metrics=[{of_drawings[0]}]"
+                        if of_drawings and stage in stages
+                        else f"it begins with one of the stages, as in {stages[-1]}/val_loss"
+                    )
+                )
         looking = metrics & {"clip_score", "clip_frechet", "cmmd", "memorization"}
         if "diffusion" in stages and looking and not self.evaluation.clip and self.text_encoder.pretrained:
             raise ValueError(
@@ -844,7 +863,7 @@ def _with_younger_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     if not own:
         defaults["data"] = {key: value for key, value in defaults["data"].items() if key in DataBase.model_fields}
     filled = {**{key: value for key, value in defaults.items() if key != "run_dir"}, **values}
-    for name in ("data", "diffusion", "autoencoder", "clip", "optim", "trainer", "sampling"):
+    for name in ("data", "diffusion", "autoencoder", "clip", "optim", "trainer", "sampling", "evaluation"):
         if isinstance(values.get(name), Mapping):
             filled[name] = {**defaults[name], **values[name]}
             for part in defaults[name]:

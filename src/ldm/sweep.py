@@ -8,6 +8,7 @@ import csv
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ class Row(NamedTuple):
     told: str  # what sets them apart from the others
     runs: list[str]
     seeds: list[int]
-    values: dict[str, list[float]]  # of each metric the last value of each job, in the order of the seeds
+    values: dict[str, list[float]]  # of each metric the last value of each job that has one, in the order of the seeds
 
 
 def last_values(run_dir: Path) -> dict[str, float]:
@@ -77,11 +78,11 @@ def summarize(folder: Path, metrics: Sequence[str] = ()) -> dict[str, Any]:
     rows = []
     for told, runs in grouped.items():
         runs.sort(key=lambda run: jobs[run]["seed"])
-        measured = {name: [found[run][name] for run in runs if name in found[run]] for name in known}
+        measured = {name: [found[run][name] for run in runs if isfinite(found[run].get(name, nan))] for name in known}
         seeds = [jobs[run]["seed"] for run in runs]
         rows.append(Row(told, [run.name for run in runs], seeds, {k: v for k, v in measured.items() if v}))
     rank, sign = columns[0], -1 if higher_is_better(columns[0]) else 1
-    rows.sort(key=lambda row: sign * mean(row.values[rank]) if rank in row.values else float("inf"))
+    rows.sort(key=lambda row: sign * mean(row.values[rank]) if rank in row.values else inf)
     result = {"metric": rank, "jobs": [row._asdict() for row in rows]}
     with file_written_atomically(folder / "sweep.md") as file:
         file.write(table(rows, columns).encode())
@@ -91,10 +92,16 @@ def summarize(folder: Path, metrics: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Return a Markdown table: mean ± standard deviation over the seeds of each column."""
+    """Return a Markdown table: mean ± standard deviation over the seeds; how many have a value of the first column."""
     lines = [["", "seeds", *columns], ["---", "--:", *("--:" for _ in columns)]]
     for row in rows:
-        lines.append([f"`{row.told}`", str(len(row.seeds)), *(_figure(row.values.get(name, [])) for name in columns)])
+        lines.append(
+            [
+                f"`{row.told}`",
+                str(len(row.values.get(columns[0], []))),
+                *(_figure(row.values.get(name, [])) for name in columns),
+            ]
+        )
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -96,8 +96,8 @@ def test_the_ceiling_is_that_of_the_vae(run_dir, results, monkeypatch):
 
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, image: image)
     monkeypatch.setattr(AutoencoderKL, "latents", lambda self, moments, noise=None: moments)
-    real = AutoencoderKL.image
-    monkeypatch.setattr(AutoencoderKL, "image", lambda self, z: z if z.shape[1] == 3 else real(self, z))
+    real = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: z if z.shape[1] == 3 else real(self, z))
     values = compose_values("evaluate", [f"ckpt={run_dir}", "num_prompts=20", "guidance_scale=1", "steps=1"])
     found = evaluate({**values, "out": str(run_dir / "perfect.json")})["prompt_accuracy"]
     assert found["ceiling"] == dict.fromkeys(found["ceiling"], 1.0)

@@ -95,13 +95,37 @@ def test_the_optimized_metric_is_returned_again_and_again(measured):
     found = rows(measured)
     assert returned() == found["diffusion/val_loss", 1]
     assert returned("optimized_metric=diffusion/cmmd") == found["diffusion/cmmd", 2]
-    with pytest.raises(UserError, match=r"cmd is not in .*did you mean 'diffusion/cmmd'"):
-        returned("optimized_metric=diffusion/cmd")
+    with pytest.raises(UserError, match=r"val_los is not in .*did you mean 'diffusion/val_loss'"):
+        returned("optimized_metric=diffusion/val_los")
+
+
+def test_half_precision_and_accumulation_are_measured_too(tmp_path):
+    """As on a GPU: the frozen parts are halves, and two batches make a step."""
+    stages.run(tiny_config(tmp_path, *MEASURED, "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"))
+    assert {step for name, step in rows(tmp_path / "shapes") if "accuracy" in name} == {1, 2}
+
+
+def test_an_inpainting_unet_draws_all_of_a_white_picture(tmp_path):
+    stages.run(tiny_config(tmp_path, *MEASURED, "+unet.in_channels=9", "data.cache=false", "trainer.max_steps=1"))
+    assert ("diffusion/prompt_accuracy/guidance 3", 0) in rows(tmp_path / "shapes")
+
+
+def test_what_goes_wrong_in_drawing_does_not_end_training(tmp_path, monkeypatch, capsys):
+    def broken(subject):
+        raise UserError("the latents are not finite")
+
+    monkeypatch.setitem(measuring.METRICS, "prompt_accuracy", broken)
+    stages.run(tiny_config(tmp_path, "evaluation.metrics=[prompt_accuracy]"))
+    assert "not measured after step 3: the latents are not finite" in capsys.readouterr().out
+    assert (tmp_path / "shapes" / "model" / "model_index.json").exists()
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
+        (["optimized_metric=diffusion/cmmd"], r"ask for it with evaluation.metrics=\[cmmd\]"),
+        (["optimized_metric=unet/val_loss"], "begins with one of the stages, as in diffusion/val_loss"),
+        (["diffusion.weighting=min_snr", "diffusion.zero_terminal_snr=true"], "would never be trained"),
         (["evaluation.metrics=[retrieval]"], "retrieval does not change as the U-Net learns"),
         (["evaluation.metrics=[clip_score]", "+text_encoder.pretrained=x", "stages=[diffusion]"], "evaluation.clip="),
         (["evaluation.metrics=[fid]", "evaluation.num_prompts=1"], "needs two"),

@@ -30,20 +30,21 @@ def frechet_distance(real: Tensor, drawn: Tensor) -> float:
     Args:
         real, drawn: (N, D) and (M, D), N and M at least 2. Over Inception's features this is FID.
     """
-    metric = frechet_metric(real.shape[1])
+    metric = frechet_metric(real.shape[1], sync_on_compute=False)  # others may not be asked
     metric.update(real.double(), real=True)
     metric.update(drawn.double(), real=False)
     return float(metric.compute())
 
 
-def frechet_metric(num_features: int) -> Any:
+def frechet_metric(num_features: int, **options: Any) -> Any:
     """Return torchmetrics' accumulator of `frechet_distance`: `update(features, real=…)` takes (N, D) in float64.
 
-    It keeps sums, of N pictures the same as of two, and `compute` adds up those of all ranks.
+    It keeps sums, of N pictures the same as of two, and `compute` adds up those of all ranks unless options say
+    otherwise.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    return FrechetInceptionDistance(feature=_Given(num_features))
+    return FrechetInceptionDistance(feature=_Given(num_features), **options)
 
 
 def kernel_distance(
@@ -68,7 +69,9 @@ def kernel_distance(
     subsets = 1 if size == len(real) == len(drawn) else subsets
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer.*")
-        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_Given(real.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
+        )
     metric.update(real.double(), real=True)
     metric.update(drawn.double(), real=False)
     with torch.random.fork_rng(devices=[]):

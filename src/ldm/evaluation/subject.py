@@ -69,6 +69,7 @@ class Subject:
         self.progress, self.say, self._given = progress, say, run
         self._drawn: dict[tuple[Setting, str], Pixels] = {}
         self._features: dict[Any, Tensor] = {}
+        self.ceiling: dict[str, float] | None = None  # of prompt_accuracy: no U-Net changes it
 
     # -------------------------------------------------------------------------------------------------- the model
 
@@ -97,7 +98,12 @@ class Subject:
         return [Setting(int(steps), float(scale)) for steps in told["steps"] for scale in told["guidance_scale"]]
 
     def options(self, setting: Setting) -> dict[str, Any]:
-        return {"sampler": self.config.sampler, **setting._asdict()}
+        """Return how `pipeline.generate` is asked; an inpainting U-Net draws all of a white picture."""
+        ground: dict[str, Any] = {}
+        if self.pipeline.sees_mask:
+            white = np.full((self.pipeline.default_size,) * 2, 255, np.uint8)
+            ground = {"init_image": white, "mask": white}
+        return {"sampler": self.config.sampler, **setting._asdict(), **ground}
 
     def check_settings(self, settings: Sequence[Setting]) -> None:
         """Raise a UserError where a setting does not fit the model, before any picture is drawn."""

@@ -15,7 +15,7 @@ from ldm.conditioner import train_tokenizer
 from ldm.config import Stage, TrainConfig
 from ldm.data.datamodule import DataModule
 from ldm.errors import UserError
-from ldm.evaluation.features import InceptionFeatures
+from ldm.evaluation.features import ClipFeatures, InceptionFeatures
 from ldm.files import written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.ranks import say
@@ -59,8 +59,12 @@ def check_at_the_door(config: TrainConfig, stages: Sequence[Stage]) -> None:
         UserError: networks or optimizers cannot be built; a checkpoint in the run directory is another config's.
     """
     check_networks(config, stages)
-    if "diffusion" in stages and {"fid", "kid"} & set(config.evaluation.metrics):
-        InceptionFeatures(config.evaluation.inception, torch.device("cpu"), "evaluation.inception")
+    if "diffusion" in stages:
+        asked, cpu = config.evaluation, torch.device("cpu")
+        if {"fid", "kid"} & set(asked.metrics):
+            InceptionFeatures(asked.inception, cpu, "evaluation.inception")
+        if asked.clip and asked.metrics:
+            ClipFeatures(asked.clip, cpu)
     for stage in stages:
         optim = config.optim if stage == "diffusion" else getattr(config, stage).optim
         build_optimizer(nn.Linear(1, 1), optim, stage_steps(config, stage))

@@ -7,11 +7,14 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.config import EvaluateConfig, TrainConfig
+from ldm.errors import UserError
 from ldm.evaluation.asking import name
 from ldm.evaluation.evaluate import METRICS, check_subject
 from ldm.evaluation.plots import best
 from ldm.evaluation.subject import Setting, Subject
+from ldm.ranks import main_process
 from ldm.training.diffusion import DiffusionModule
+from ldm.training.stages import result_folder
 
 FOLDER = "evaluation"  # of the run directory: pictures of each measurement
 
@@ -21,7 +24,8 @@ class Measure(pl.Callback):
 
     `diffusion/<metric>` is the figure of the best setting; where several are compared each has a row of its own too,
     `diffusion/<metric>/guidance 3`. The weights in training have `_raw` after the metric's name, unseen pairs of
-    prompt_accuracy `_unseen`. Prompts and noise are the same every time. The first rank draws, the others wait.
+    prompt_accuracy `_unseen`. Prompts and noise are the same every time. The first rank draws, the others wait. What
+    goes wrong in drawing is told and leaves the training alone.
 
     Args:
         config: the run's.
@@ -37,7 +41,10 @@ class Measure(pl.Callback):
         for swept in Setting._fields:  # lists are compared as they are, without guidance 1 beside
             value = values[swept] or getattr(config.sampling, swept)
             values[swept] = value if isinstance(value, list) else [value]
-        device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
+        if not asked.clip and not config.text_encoder.pretrained:
+            values["clip"] = str(result_folder(config, "clip"))
+        # The other ranks look at nothing, they find out with the first what cannot be had.
+        device = "auto" if main_process() and config.trainer.accelerator != "cpu" else "cpu"
         wanted = EvaluateConfig(ckpt=config.run_dir, **values, out=None, device=device, dtype="fp32")
         self.every, self.weights, self.folder = asked.every, asked.weights, run_dir / FOLDER
         self.subject = Subject(wanted, run_dir / "model", run_dir, run_dir, say=lambda _: None, run=config)
@@ -56,23 +63,34 @@ class Measure(pl.Callback):
         self._last_step = step
         if not trainer.is_global_zero:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            figures: dict[str, float] = {}
+            for weights in self.weights:
+                figures |= self._measured(pl_module, weights, step)
+        except (UserError, OSError) as error:  # latents that are not finite, a full disk: training may be well
+            print(f"  not measured after step {step}: {error}", flush=True)
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step - 1)  # as Lightning counts
+
+    def _measured(self, module: DiffusionModule, weights: str, step: int) -> dict[str, float]:
+        suffix = "" if weights == "ema" else "_raw"
+        unet: Any = module.evaluated if weights == "ema" else module.network
+        self.subject.draw_with(module.pipeline(unet), self.folder / f"step-{step:06d}{suffix}.json")
         figures: dict[str, float] = {}
-        for weights in self.weights:
-            suffix = "" if weights == "ema" else "_raw"
-            unet = pl_module.evaluated if weights == "ema" else pl_module.network
-            self.subject.draw_with(pl_module.pipeline(unet), self.folder / f"step-{step:06d}{suffix}.json")
-            was_training = unet.training
-            unet.eval()
+        was_training = unet.training
+        unet.eval()
+        try:
             for metric in self.subject.config.metrics:
                 for kind, rows in by_setting(metric, METRICS[metric](self.subject)).items():
-                    key = f"{pl_module.stage}/{kind}{suffix}"
+                    key = f"{module.stage}/{kind}{suffix}"
                     figures[key] = best(metric, rows.values())
                     if len(rows) > 1:
                         figures |= {f"{key}/{setting}": value for setting, value in rows.items()}
+        finally:
             unet.train(was_training)
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step - 1)  # as Lightning counts
+        return figures
 
 
 def by_setting(metric: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
