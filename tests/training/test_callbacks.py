@@ -60,16 +60,28 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path):
     trainer = SimpleNamespace(
         global_step=3, is_global_zero=True, default_root_dir=str(tmp_path), loggers=[wandb, object()]
     )
-    module = SimpleNamespace(stage="diffusion", preview=lambda n: (torch.zeros(n, 3, 16, 16), ["a"] * n))
-    SampleGrid(every=1, num_images=4)._save(trainer, module)
-    [(key, shape, step)] = taken
-    assert key == "diffusion/samples" and step == 3 and shape[2] == 3
-    assert (tmp_path / "samples" / "diffusion" / "step-000003.png").is_file()
+    average, network = torch.nn.Dropout().train(), torch.nn.Dropout().train()
+    drawn = []
+
+    def preview(with_what, num):
+        drawn.append((with_what, with_what.training))
+        return torch.zeros(num, 3, 16, 16), ["a"] * num
+
+    module = SimpleNamespace(
+        stage="diffusion", preview=preview, evaluated=average, network=network, ema=SimpleNamespace(average=average)
+    )
+    SampleGrid(every=1, num_images=4, raw=True)._save(trainer, module)
+    assert drawn == [(average, False), (network, False)] and network.training
+    assert [(key, shape[2], step) for key, shape, step in taken] == [
+        ("diffusion/samples", 3, 3), ("diffusion/samples_raw", 3, 3),
+    ]  # fmt: skip
+    names = {path.name for path in (tmp_path / "samples" / "diffusion").iterdir()}
+    assert names == {"step-000003.png", "step-000003_raw.png"}
 
 
 def test_only_the_first_process_draws(tmp_path):
     trainer = SimpleNamespace(global_step=3, is_global_zero=False, default_root_dir=str(tmp_path), loggers=[])
-    module = SimpleNamespace(stage="diffusion", preview=lambda n: pytest.fail("drawn"))
+    module = SimpleNamespace(stage="diffusion", preview=lambda *_: pytest.fail("drawn"))
     SampleGrid(every=1, num_images=4)._save(trainer, module)
 
 

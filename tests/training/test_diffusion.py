@@ -392,26 +392,26 @@ def test_validation_keeps_all_captions(batch):
     assert losses[0] == losses[1]
 
 
-def test_a_preview_is_drawn_with_the_average_and_draws_nothing_from_training(module):
+def test_a_preview_is_drawn_with_what_is_given_and_draws_nothing_from_training(module):
     state = torch.random.get_rng_state()
-    first, captions = module.preview(2)
+    first, captions = module.preview(module.evaluated, 2)
     assert first.shape == (2, 3, 16, 16) and list(captions) == list(tiny.CAPTIONS[:2])
     assert first.abs().max() <= 1
-    assert torch.equal(module.preview(2)[0], first)
+    assert torch.equal(module.preview(module.evaluated, 2)[0], first)
     with torch.no_grad():
         for parameter in module.network.parameters():
             parameter.zero_()
-    assert torch.equal(module.preview(2)[0], first)
+    assert torch.equal(module.preview(module.evaluated, 2)[0], first)
     assert torch.equal(torch.random.get_rng_state(), state)
     with torch.no_grad():
         for parameter in module.ema.average.parameters():
             parameter.mul_(0.5)
-    assert not torch.equal(module.preview(2)[0], first)
+    assert not torch.equal(module.preview(module.evaluated, 2)[0], first)
 
 
 def test_training_goes_on_after_a_preview(module, batch):
     """Drawing happens in inference mode: nothing of that may be left in the networks."""
-    module.preview(2)
+    module.preview(module.evaluated, 2)
     module.training_step(batch, 0).backward()
     module.ema.update(module.network)
 

@@ -222,12 +222,12 @@ class AutoencoderModule(StageModule):
             self._discriminator_state = None
 
     @torch.no_grad()
-    def preview(self, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
+    def preview(self, network: AutoencoderKL, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
         """Return held-out pictures and, after each, its reconstruction."""
         pictures: Pictures = self.trainer.datamodule.val  # type: ignore[attr-defined]
         batch = pictures.__getitems__([(i, 0) for i in range(min(num_images // 2, len(pictures)))])
         image = batch["image"].to(self.device)
-        reconstruction = self.evaluated.decode(DiagonalGaussian(self.evaluated.encode(image)).mode())
+        reconstruction = network.decode(DiagonalGaussian(network.encode(image)).mode())
         pairs = torch.stack([image, reconstruction], dim=1).flatten(0, 1)
         return pairs, [text for caption in batch["caption"] for text in (caption, "reconstruction")]
 

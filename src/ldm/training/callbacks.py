@@ -15,6 +15,7 @@ from rich.progress import Progress as RichProgress
 
 from ldm.data.images import to_pixels
 from ldm.gallery import grid, save_png
+from ldm.training.module import in_eval_mode
 
 
 class Progress(ProgressBar):
@@ -91,10 +92,11 @@ class SampleGrid(pl.Callback):
     Args:
         every: optimizer steps between grids; one more is made at the end.
         num_images: pictures in a grid.
+        raw: make one with the weights in training too, `step-…_raw.png`, beside that with their average.
     """
 
-    def __init__(self, every: int, num_images: int) -> None:
-        self.every, self.num_images = every, num_images
+    def __init__(self, every: int, num_images: int, raw: bool = False) -> None:
+        self.every, self.num_images, self.raw = every, num_images, raw
         self._last_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -111,18 +113,26 @@ class SampleGrid(pl.Callback):
     @torch.no_grad()
     def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._last_step = trainer.global_step
-        if not trainer.is_global_zero or (preview := pl_module.preview(self.num_images)) is None:
+        if not trainer.is_global_zero:
+            return
+        self._draw(trainer, pl_module, pl_module.evaluated, "")
+        if self.raw and pl_module.ema is not None:
+            self._draw(trainer, pl_module, pl_module.network, "_raw")
+
+    def _draw(self, trainer: pl.Trainer, pl_module: Any, network: Any, suffix: str) -> None:
+        with in_eval_mode(network):
+            preview = pl_module.preview(network, self.num_images)
+        if preview is None:
             return
         images, captions = preview
         pixels = list(to_pixels(images))
         picture = grid(pixels, captions=captions, scale=max(1, 128 // pixels[0].shape[1]))
         folder = Path(trainer.default_root_dir) / "samples" / pl_module.stage
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(folder / f"step-{trainer.global_step:06d}.png", picture)
+        save_png(folder / f"step-{trainer.global_step:06d}{suffix}.png", picture)
+        name = f"{pl_module.stage}/samples{suffix}"
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # Weights & Biases
-                logger.log_image(f"{pl_module.stage}/samples", [picture], step=trainer.global_step)
+                logger.log_image(name, [picture], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    f"{pl_module.stage}/samples", picture, trainer.global_step, dataformats="HWC"
-                )
+                logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")

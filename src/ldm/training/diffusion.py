@@ -194,13 +194,13 @@ class DiffusionModule(StageModule):
             unet, *self.frozen, self.schedule, self.config.prediction_type, settings=settings
         )
 
-    def preview(self, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
-        """Draw the fixed prompts from fixed noise with the averaged weights; an inpainting U-Net draws all of it."""
+    def preview(self, network: UNet, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
+        """Draw the fixed prompts from fixed noise; an inpainting U-Net draws all of it."""
         prompts = list(self.prompts[:num_images])
-        pipeline = self.pipeline(self.evaluated)
+        pipeline = self.pipeline(network)
         size = pipeline.default_size
         ground: dict[str, Any] = {}
-        if self.evaluated.sees_mask:
+        if network.sees_mask:
             white = np.full((size, size), 255, np.uint8)
             ground = {"init_image": white, "mask": white}
         seeds = range(self.seed, self.seed + len(prompts))

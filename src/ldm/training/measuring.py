@@ -14,6 +14,7 @@ from ldm.evaluation.plots import best
 from ldm.evaluation.subject import Setting, Subject
 from ldm.ranks import main_process
 from ldm.training.diffusion import DiffusionModule
+from ldm.training.module import in_eval_mode
 from ldm.training.stages import result_folder
 
 FOLDER = "evaluation"  # of the run directory: pictures of each measurement
@@ -79,17 +80,13 @@ class Measure(pl.Callback):
         unet: Any = module.evaluated if weights == "ema" else module.network
         self.subject.draw_with(module.pipeline(unet), self.folder / f"step-{step:06d}{suffix}.json")
         figures: dict[str, float] = {}
-        was_training = unet.training
-        unet.eval()
-        try:
+        with in_eval_mode(unet):
             for metric in self.subject.config.metrics:
                 for kind, rows in by_setting(metric, METRICS[metric](self.subject)).items():
                     key = f"{module.stage}/{kind}{suffix}"
                     figures[key] = best(metric, rows.values())
                     if len(rows) > 1:
                         figures |= {f"{key}/{setting}": value for setting, value in rows.items()}
-        finally:
-            unet.train(was_training)
         return figures
 
 

@@ -3,7 +3,8 @@
 An optimizer step whose losses or gradients are not finite changes nothing: it ends the run or is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -210,9 +211,25 @@ class StageModule(pl.LightningModule):
             key = f"{self.stage}/{split}{name}"
             self.log(key, value.detach(), batch_size=batch_size, prog_bar=name == prog_bar, sync_dist=not self.training)
 
-    def preview(self, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
-        """Return (N, 3, H, W) pictures that show how far training is, and their captions; None where there are none."""
+    def preview(self, network: Any, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
+        """Return (N, 3, H, W) pictures that show how far training is, and their captions; None where there are none.
+
+        Args:
+            network: the average (`evaluated`), or the one in training (`network`), in eval mode.
+            num_images: N at most.
+        """
         return None
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Let a network that is in training be looked at."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def gathered(items: list[T]) -> list[T]:
