@@ -479,3 +479,19 @@ def test_the_loss_falls_when_one_batch_is_trained_again_and_again(finished):
     rows = [line.split(",") for line in (Path(config.run_dir) / "metrics.csv").read_text().splitlines()]
     losses = [float(row[2]) for row in rows if row[0] == "diffusion/loss"]
     assert len(losses) == 2 and losses[-1] < 0.9 * losses[0]
+
+
+def test_the_validation_loss_falls_as_the_model_learns_and_rises_when_it_learns_by_heart(tmp_path):
+    """Eight pictures again and again: what is learned of all pictures comes first, then what is true of these alone."""
+    config = tiny_config(
+        tmp_path, "data.num_train=8", "data.num_val=32", "unet.block_out_channels=[16,32]", "autoencoder.max_steps=30",
+        "trainer.max_steps=200", "trainer.val_every=20", "trainer.val_batches=4", "trainer.checkpoint_every=1000",
+        "optim.lr=1e-2", "optim.schedule=constant", "diffusion.ema_decay=0.9", "diffusion.caption_dropout=0",
+    )  # fmt: skip
+    stages.run(config)
+    rows = [line.split(",") for line in (Path(config.run_dir) / "metrics.csv").read_text().splitlines()]
+    for name in ("diffusion/val_loss", "diffusion/val_loss_raw"):
+        losses = [float(row[2]) for row in rows if row[0] == name]
+        assert min(losses) < 0.97 * losses[0] and losses[-1] > 1.2 * min(losses), losses
+    trained = [float(row[2]) for row in rows if row[0] == "diffusion/loss"]
+    assert trained[-1] < 0.8 * trained[0]
