@@ -46,6 +46,7 @@ from ldm.training.stages import (
     stage_inputs,
     stage_steps,
 )
+from ldm.training.stopping import StopOnSignal, Stopped
 from ldm.weights.folder import save_network, save_pipeline_index
 from ldm.weights.model import load_part
 
@@ -206,7 +207,8 @@ def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callb
     options = config.trainer
     # Like `optim`, `max_steps` and `data.batch_size`, accumulation is said for the diffusion stage.
     accumulate = options.accumulate_grad_batches if module.stage == "diffusion" else 1
-    checkpoints = last_checkpoint_callback(checkpoint_path(config, module.stage).parent, options.checkpoint_every)
+    path = checkpoint_path(config, module.stage)
+    checkpoints = last_checkpoint_callback(path.parent, options.checkpoint_every)
     try:
         return pl.Trainer(
             accelerator=options.accelerator,
@@ -224,7 +226,12 @@ def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callb
             num_sanity_val_steps=0,
             log_every_n_steps=min(50, module.max_steps),
             logger=[instantiate(node.node()) for node in config.logger.values()],
-            callbacks=[checkpoints, *callbacks, *(instantiate(node.node()) for node in config.callbacks.values())],
+            callbacks=[
+                checkpoints,
+                *callbacks,
+                *(instantiate(node.node()) for node in config.callbacks.values()),
+                StopOnSignal(path),  # after all that a step brings with it
+            ],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=config.run_dir,
             enable_model_summary=False,
@@ -274,7 +281,9 @@ def _fit(
     try:
         with explaining_want_of_memory(config, module.stage, str(_precision(config, module.stage))):
             trainer.fit(module, datamodule, ckpt_path=None if step is None else str(path), weights_only=True)
-    except SystemExit as ended:  # Lightning's answer to SIGTERM and Ctrl-C, with codes that say "all is well"
+    except Stopped as stopped:
+        raise SystemExit(stopped.code if trainer.is_global_zero else 0) from None
+    except SystemExit as ended:  # Lightning's answer to a signal before ours is listened for, as if all were well
         if isinstance(ended, SIGTERMException):
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
