@@ -2,16 +2,29 @@
 
 import os
 import pickle
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ldm.errors import UserError
 from ldm.training import fit, stages
-from ldm.training.checkpointing import AtomicCheckpointIO, last_checkpoint_callback, read_header
+from ldm.training.checkpointing import (
+    VERSION,
+    AtomicCheckpointIO,
+    check_room,
+    last_checkpoint_callback,
+    newest_whole,
+    read_header,
+)
+from probes import Stopped
 from runs import tiny_config
+from training_checks import assert_equal
 
 CONTENT = {"identity": {"seed": 0}, "global_step": 3, "state_dict": {"a": torch.arange(1000.0)}}
 
@@ -85,7 +98,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused(io, tmp_path, zipped):
         path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(pickle.UnpicklingError):
         io.load_checkpoint(path, weights_only=False)
-    with pytest.raises(UserError, match=r"evil\.ckpt cannot be read.*resume=never"):
+    with pytest.raises(UserError, match=r"evil\.ckpt cannot be read"):
         read_header(path)
     assert not touched.exists()
 
@@ -110,11 +123,12 @@ def test_a_run_does_not_open_that_door_either(tmp_path, monkeypatch):
     path, touched = fit.checkpoint_path(config, "clip"), tmp_path / "touched"
     content = torch.load(path, weights_only=True)
     torch.save({**content, "callbacks": Payload(touched)}, path)
+    (path.parent / "previous.ckpt").unlink()
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(UserError, match="cannot be read"):
         stages.run(config)
     # What reads the whole of it refuses as well, should the header ever be read in another way.
-    monkeypatch.setattr(fit, "_resume_from", lambda *_: 3)
+    monkeypatch.setattr(fit, "_resume_from", lambda *_: (path, 3))
     with pytest.raises(pickle.UnpicklingError):
         stages.run(config)
     assert not touched.exists()
@@ -139,10 +153,10 @@ def test_a_damaged_checkpoint_is_a_user_error(damage, tmp_path):
     assert read_header(path).step == 3
 
 
-def test_one_checkpoint_is_kept_and_its_name_needs_no_quotes(tmp_path):
+def test_two_checkpoints_are_kept_and_their_names_need_no_quotes(tmp_path):
     config = tiny_config(tmp_path, "stages=[clip]", "clip.max_steps=7", "trainer.checkpoint_every=2")
     stages.run(config)
-    assert [path.name for path in fit.checkpoint_path(config, "clip").parent.iterdir()] == ["last.ckpt"]
+    assert steps(fit.checkpoint_path(config, "clip").parent) == {"last.ckpt": 7, "previous.ckpt": 6}
     assert last_checkpoint_callback(tmp_path, 5)._every_n_train_steps == 5
     assert "=" not in str(fit.checkpoint_path(config, "clip"))
 
@@ -175,3 +189,92 @@ def test_a_small_disk_that_fills_up_keeps_the_old_checkpoint(io, tmp_path):
         assert [file.name for file in mount.iterdir()] == ["last.ckpt"]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+# ------------------------------------------------------------------------------------------- the one before the last
+
+
+def steps(folder: Path) -> dict[str, int]:
+    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in sorted(folder.iterdir())}
+
+
+def test_the_one_before_the_last_stays(io, tmp_path):
+    for step in (3, 4, 5):
+        io.save_checkpoint({**CONTENT, "global_step": step}, tmp_path / "last.ckpt")
+    assert steps(tmp_path) == {"last.ckpt": 5, "previous.ckpt": 4}
+    os.replace(tmp_path / "last.ckpt", tmp_path / "previous.ckpt")  # killed between two renames
+    path, header, faults = newest_whole(tmp_path)
+    assert (path.name, header.step, faults) == ("previous.ckpt", 5, [])
+
+
+def test_another_run_s_checkpoint_is_none_before_this_one_s(tmp_path):
+    for step in (8, 9):
+        AtomicCheckpointIO().save_checkpoint({**CONTENT, "global_step": step}, tmp_path / "last.ckpt")
+    io = AtomicCheckpointIO()
+    io.anew = True
+    io.save_checkpoint({**CONTENT, "global_step": 1}, tmp_path / "last.ckpt")
+    assert steps(tmp_path) == {"last.ckpt": 1}
+    io.save_checkpoint({**CONTENT, "global_step": 2}, tmp_path / "last.ckpt")
+    assert steps(tmp_path) == {"last.ckpt": 2, "previous.ckpt": 1}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 10**6), change=st.integers(1, 255), cut=st.booleans())
+def test_a_damaged_byte_anywhere_is_noticed(io, tmp_path, place, change, cut):
+    """What is found is what was written, or the one before it."""
+    for step in (3, 4):
+        io.save_checkpoint({**CONTENT, "global_step": step}, tmp_path / "last.ckpt")
+    path = tmp_path / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    place %= len(content)
+    if cut:
+        del content[place:]
+    else:
+        content[place] ^= change
+    path.write_bytes(content)
+    found, header, _ = newest_whole(tmp_path)
+    assert header.step == (4 if found == path else 3)
+    assert torch.equal(io.load_checkpoint(found)["state_dict"]["a"], CONTENT["state_dict"]["a"])
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_last_and_ends_the_same(tmp_path, capsys):
+    long = ["stages=[clip]", "clip.max_steps=5", "trainer.checkpoint_every=2"]
+    whole = tiny_config(tmp_path / "whole", *long)
+    stages.run(whole)
+    config = tiny_config(tmp_path / "damaged", *long)
+    with pytest.raises(Stopped):
+        stop = "+callbacks.x={_target_: probes.StopAt, stage: clip, step: 4}"
+        stages.run(tiny_config(tmp_path / "damaged", *long, stop))
+    path = fit.checkpoint_path(config, "clip")
+    assert steps(path.parent) == {"last.ckpt": 4, "previous.ckpt": 2}
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    stages.run(config)
+    out = capsys.readouterr().out
+    assert re.search(r"last\.ckpt cannot be read: .* is not what was written", out) and "going on from step 2" in out
+    states = [torch.load(fit.checkpoint_path(each, "clip"), weights_only=True) for each in (config, whole)]
+    for part in ("state_dict", "optimizer_states"):
+        assert_equal(states[0][part], states[1][part], part)
+
+
+def test_a_checkpoint_of_a_later_release_is_not_guessed_at(io, tmp_path):
+    io.save_checkpoint({**CONTENT, "version": VERSION + 1}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"a later release of ldm .*go on with that release"):
+        newest_whole(tmp_path)
+    io.save_checkpoint({**CONTENT, "version": VERSION}, tmp_path / "last.ckpt")
+    assert newest_whole(tmp_path)[1].step == 3
+
+
+def test_room_is_looked_for_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(UserError, match=r"0\.0 GiB free, and checkpoints need .*output_dir="):
+        stages.run(tiny_config(tmp_path / "out", "stages=[clip]"))
+    assert not list(tmp_path.rglob("*.ckpt"))
+    check_room(tmp_path / "a" / "b", 30_000)
+    (tmp_path / "last.ckpt").write_bytes(bytes(60_000))
+    check_room(tmp_path, 50_000)  # of three two are there, almost
+    with pytest.raises(UserError):
+        check_room(tmp_path, 60_000)

@@ -33,6 +33,7 @@ from ldm.gallery import grid, save_png
 from ldm.nn.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.training import feed, fit
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
+from ldm.training.checkpointing import COPIES
 from ldm.training.clip import ClipModule
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.module import StageModule
@@ -53,21 +54,11 @@ class Cost(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What of a network will lie on the disk, in float32."""
+    """What of a network will lie on the disk, in bytes."""
 
-    numel: int
-    averages: int  # in each checkpoint
-    snapshots: int  # of averages, that stay
-
-    @property
-    def checkpoint(self) -> int:
-        """Bytes: the weights, Adam's two moments and the averages."""
-        return 4 * self.numel * (3 + self.averages)
-
-    @property
-    def stays(self) -> int:
-        """Bytes: the result and the snapshots."""
-        return 4 * self.numel * (1 + self.snapshots)
+    checkpoint: int
+    stays: int  # the result and the averages that are kept
+    snapshots: int  # how many averages
 
 
 def examine(config: TrainConfig) -> bool:
@@ -294,7 +285,8 @@ def _kept(config: TrainConfig, module: StageModule) -> Kept:
     lengths, snapshots = len(module.posthoc), 0
     if lengths and config.diffusion.posthoc_ema:  # the last step has its own, whether it is due or not
         snapshots = lengths * -(-config.trainer.max_steps // config.diffusion.posthoc_ema.every)
-    return Kept(sum(p.numel() for p in module.network.parameters()), (module.ema is not None) + lengths, snapshots)
+    size = 4 * sum(p.numel() for p in module.network.parameters())
+    return Kept(module.checkpoint_size, size * (1 + snapshots), snapshots)
 
 
 def _module(config: TrainConfig, stage: Stage, vae: Any, conditioner: Conditioner) -> StageModule:
@@ -431,8 +423,7 @@ def _weigh(
         tokens = len({text for texts in train.captions for text in texts}) * conditioner.max_length
         context = tokens * conditioner.text_tower.config["hidden_size"]
         cache = (moments + context) * (4 if config.data.cache_dtype == "fp32" else 2)
-    # While a checkpoint is written, that before is there.
-    checkpoints = 2 * max((each.checkpoint for each in networks), default=0) + sum(each.stays for each in networks)
+    checkpoints = COPIES * max((each.checkpoint for each in networks), default=0) + sum(each.stays for each in networks)
     place = next(
         path for path in (Path(config.output_dir), *Path(config.output_dir).absolute().parents) if path.exists()
     )

@@ -18,9 +18,9 @@ from ldm.errors import UserError
 from ldm.evaluation.features import ClipFeatures, InceptionFeatures
 from ldm.files import written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
-from ldm.ranks import say
+from ldm.ranks import say, say_once
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
-from ldm.training.checkpointing import AtomicCheckpointIO, last_checkpoint_callback, read_header
+from ldm.training.checkpointing import AtomicCheckpointIO, check_room, last_checkpoint_callback, newest_whole
 from ldm.training.clip import ClipModule
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.failures import explaining_want_of_memory
@@ -271,16 +271,18 @@ def _fit(
     if any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
         module.to(memory_format=torch.channels_last)
     path = checkpoint_path(config, module.stage)
-    step = _resume_from(config, module.stage, datamodule.content)
+    resumed, step = _resume_from(config, module.stage, datamodule.content) or (None, 0)
+    check_room(path.parent, module.checkpoint_size)
+    trainer.strategy.checkpoint_io.anew = resumed is None  # type: ignore[attr-defined]
     begin()
-    if step and trainer.is_global_zero:
-        print(f"  going on from step {step} ({path})", flush=True)
+    if resumed:
+        say(f"  going on from step {step} ({resumed})")
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
-            logger.drop_from(module.stage, step or 0)
+            logger.drop_from(module.stage, step)
     try:
         with explaining_want_of_memory(config, module.stage, str(_precision(config, module.stage))):
-            trainer.fit(module, datamodule, ckpt_path=None if step is None else str(path), weights_only=True)
+            trainer.fit(module, datamodule, ckpt_path=resumed and str(resumed), weights_only=True)
     except Stopped as stopped:
         raise SystemExit(stopped.code if trainer.is_global_zero else 0) from None
     except SystemExit as ended:  # Lightning's answer to a signal before ours is listened for, as if all were well
@@ -308,8 +310,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None) -> int | None:
-    """Return the step of the checkpoint that a stage goes on from; None where it begins anew.
+def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None) -> tuple[Path, int] | None:
+    """Return the checkpoint that a stage goes on from and its step; None where it begins anew.
 
     Args:
         config: the run's.
@@ -317,24 +319,24 @@ def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None)
         pictures: hash of the set, where it is known already.
 
     Raises:
-        UserError: the checkpoint cannot be read, is another config's, of other pictures, or is past the last step.
+        UserError: no checkpoint can be read, or it is another config's, of other pictures, or past the last step.
     """
-    path = checkpoint_path(config, stage)
-    if config.resume == "never" or not path.exists():
+    if config.resume == "never" or (found := newest_whole(checkpoint_path(config, stage).parent)) is None:
         return None
+    path, header, faults = found
+    for fault in faults:
+        say_once(f"  {fault}")
     mend = "Give this run a name of its own (name=…), or start it anew over the old one (resume=never)"
-    header, wanted = read_header(path), _identity(config, stage)
-    found, step = header.identity, header.step
-    then = found.pop("pictures", None)
-    if None not in (then, pictures) and then != pictures:
+    then, wanted = dict(header.identity), _identity(config, stage)
+    if None not in (seen := then.pop("pictures", None), pictures) and seen != pictures:
         raise UserError(
             f"{path} was trained on other pictures or captions than are there now, going on would be another run. "
             f"{mend}"
         )
-    changed = [key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)]
+    changed = [key for key in then.keys() | wanted.keys() if then.get(key) != wanted.get(key)]
     if changed:
-        told = "; ".join(f"{key}: {found.get(key)} then, {wanted.get(key)} now" for key in sorted(changed)[:5])
+        told = "; ".join(f"{key}: {then.get(key)} then, {wanted.get(key)} now" for key in sorted(changed)[:5])
         raise UserError(f"{path} was trained with another config ({told}{'; …' if len(changed) > 5 else ''}). {mend}")
-    if step > (last := stage_steps(config, stage)):
-        raise UserError(f"{path} is at step {step}, past the {last} that this run asks for. {mend}")
-    return step
+    if header.step > (last := stage_steps(config, stage)):
+        raise UserError(f"{path} is at step {header.step}, past the {last} that this run asks for. {mend}")
+    return path, header.step

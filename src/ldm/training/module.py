@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config import Optim, PosthocEMA, Stage
 from ldm.errors import UserError
+from ldm.training.checkpointing import VERSION
 from ldm.training.ema import EMA, PowerEMA, ScheduleFreeAverage
 from ldm.training.failures import SkippedStep, check_weights, describe, name_samples, not_finite
 from ldm.training.optim import build_optimizer
@@ -89,11 +90,18 @@ class StageModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(self.stage, checkpoint["global_step"], checkpoint["state_dict"])
+        checkpoint["version"] = VERSION
         checkpoint["identity"] = self.identity
         checkpoint["num_skipped"] = self.num_skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.num_skipped = int(checkpoint.get("num_skipped", 0))
+
+    @property
+    def checkpoint_size(self) -> int:
+        """About the bytes of a checkpoint in float32: the weights, Adam's two moments and the averages."""
+        averages = (self.ema is not None) + len(self.posthoc)
+        return 4 * sum(p.numel() for p in self.network.parameters()) * (3 + averages)
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.network, self.optim, self.max_steps)
