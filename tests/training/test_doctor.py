@@ -173,8 +173,8 @@ def test_averages_that_stay_are_counted(tmp_path, capsys):
     sizes = sum(path.stat().st_size for path in files)
     assert len(files) == 6
     more = told_bytes(after, "checkpoints, model and 6 averages") - told_bytes(before, "checkpoints and model")
-    weights = sizes / 6  # twice two averages in checkpoints
-    assert more == pytest.approx(sizes + 4 * weights, rel=0.05)
+    weights = sizes / 6  # three checkpoints of two averages each
+    assert more == pytest.approx(sizes + 6 * weights, rel=0.05)
 
 
 def test_the_built_in_experiment(tmp_path, capsys):
