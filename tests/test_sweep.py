@@ -92,13 +92,13 @@ def test_the_recipes_are_one_sweep_that_ends_in_a_ranking(tmp_path, capsys):
     tiny = [item for item in TINY if item != "evaluation.metrics=[]"]
     arguments = [
         "-m", "sweep=recipes", *tiny, f"output_dir={tmp_path}", "seed=0", "recipe=flow,min_snr",
-        "evaluation.num_prompts=2", "evaluation.steps=2", "evaluation.guidance_scale=[1,2]",
+        "evaluation.num_prompts=2", "evaluation.steps=2", "evaluation.guidance_scale=[1,4]",
         "evaluation.weights=[ema]", "trainer.val_every=3",
     ]  # fmt: skip
     assert run_script("train", *arguments) == 0
     found = json.loads((tmp_path / "recipes" / "sweep.json").read_text())
     assert {name for row in found["jobs"] for name in row["values"]} >= {
-        "diffusion/prompt_accuracy/guidance 2", "diffusion/prompt_accuracy_unseen", "diffusion/val_loss",
+        "diffusion/prompt_accuracy/guidance 4", "diffusion/prompt_accuracy_unseen", "diffusion/val_loss",
     }  # fmt: skip
     configs = {
         path.parent.name: yaml.safe_load(path.read_text())["diffusion"]

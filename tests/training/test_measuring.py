@@ -11,6 +11,7 @@ from ldm.errors import UserError
 from ldm.evaluation.evaluate import evaluate
 from ldm.training import measuring, stages
 from ldm.training.measuring import by_setting
+from probes import Stopped
 from runs import TINY_OWN, compose_values, run_script, tiny_config
 
 MEASURED = (
@@ -78,10 +79,10 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(measured, tmp_pat
 
     def interrupted(self, trainer, *args):
         if trainer.global_step == 3:
-            raise KeyboardInterrupt
+            raise Stopped
         measure(self, trainer, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(measuring.Measure, "on_train_batch_end", interrupted)
         stages.run(config)
     stages.run(config)
