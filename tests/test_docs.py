@@ -67,7 +67,9 @@ def overrides(arguments: list[str]) -> list[str]:
     return [*TINY_OWN, *FEW]
 
 
-@pytest.mark.parametrize("commands", [*blocks("data.md"), *blocks("training.md"), *blocks("openmoji.md")], ids=lambda found: found[0][7:60])
+@pytest.mark.parametrize(
+    "commands", [*blocks("data.md"), *blocks("training.md"), *blocks("openmoji.md")], ids=lambda found: found[0][7:60]
+)
 def test_the_commands_of_a_page(commands, world, tmp_path, monkeypatch, capfd):
     for path in world.iterdir():
         (tmp_path / path.name).symlink_to(path)

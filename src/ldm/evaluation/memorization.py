@@ -80,8 +80,7 @@ def memorization(subject: Subject) -> dict[str, Any]:
         with subject.progress("looking through the training pictures", len(chosen), "pictures") as advance:
             for part in np.array_split(chosen, _parts(len(chosen))):
                 yield _flat(train.rgb(part))
-                for _ in part:
-                    advance()
+                advance(len(part))
 
     # One way through each, for the held-out pictures and all settings at once.
     by_feature = nearest(torch.cat([held_features, *drawn_features]), features.split(CHUNK))

@@ -26,13 +26,13 @@ from ldm.pipeline import LatentDiffusionPipeline, find_device
 
 CHUNK = 256  # pictures that are looked at together
 
-Progress = Callable[[str, int, str], AbstractContextManager[Callable[[], Any]]]
-"""progress(label, total, unit) gives a function to call when one more is done; see `ldm.progress`."""
+Progress = Callable[[str, int, str], AbstractContextManager[Callable[..., Any]]]
+"""progress(label, total, unit) gives a function to call when one more is done, or `count` more; see `ldm.progress`."""
 
 
 @contextmanager
-def silent(label: str, total: int, unit: str) -> Iterator[Callable[[], Any]]:
-    yield lambda: None
+def silent(label: str, total: int, unit: str) -> Iterator[Callable[..., Any]]:
+    yield lambda count=1: None
 
 
 class Setting(NamedTuple):
@@ -268,7 +268,6 @@ class Subject:
             with self.progress(f"looking with {eye}", num, "pictures") as advance:
                 for begin in range(0, num, CHUNK):
                     found.append(look(pictures(slice(begin, min(begin + CHUNK, num)))))
-                    for _ in range(len(found[-1])):
-                        advance()
+                    advance(len(found[-1]))
             self._features[eye, key] = torch.cat(found)
         return self._features[eye, key]

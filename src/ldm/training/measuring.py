@@ -40,7 +40,7 @@ class Measure(pl.Callback):
         asked, run_dir = config.evaluation, Path(config.run_dir)
         values = asked.model_dump(exclude={"every", "weights"})
         for swept in Setting._fields:  # lists are compared as they are, without guidance 1 beside
-            value = values[swept] or getattr(config.sampling, swept)
+            value = getattr(config.sampling, swept) if values[swept] is None else values[swept]
             values[swept] = value if isinstance(value, list) else [value]
         if not asked.clip and not config.text_encoder.pretrained:
             values["clip"] = str(result_folder(config, "clip"))
