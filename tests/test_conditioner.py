@@ -1,8 +1,11 @@
+import copy
+import json
 import logging
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,3 +207,33 @@ def test_context_follows_the_tower_in_precision_and_gradient():
     conditioner = tiny.conditioner()
     assert conditioner(["a"]).requires_grad
     assert conditioner.bfloat16()(["a"]).dtype == torch.bfloat16
+
+
+def edited(folder: Path, file: str, edit) -> Any:
+    """Return the tiny tokenizer with something else in one of its files."""
+    tiny.tokenizer().save_pretrained(folder)
+    content = json.loads((folder / file).read_text())
+    edit(content)
+    (folder / file).write_text(json.dumps(content))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("limit", ["77", True, 1, -3, 0])
+def test_a_tokenizer_of_odd_length_is_refused(tmp_path, limit):
+    tokenizer = edited(tmp_path, "tokenizer_config.json", lambda told: told.update(model_max_length=limit))
+    with pytest.raises(ValueError, match=rf"model_max_length is {limit!r}, no number of tokens"):
+        Conditioner(tokenizer, tiny.text_tower())
+
+
+def test_a_token_beyond_the_embedding_is_refused(tmp_path):
+    """However few there are: the ids need not go without a gap."""
+    tokenizer = edited(tmp_path, "tokenizer.json", lambda told: told["model"]["vocab"].update({"a</w>": 5000}))
+    with pytest.raises(ValueError, match="the tokenizer has 5001 tokens, the text encoder embeds"):
+        Conditioner(tokenizer, tiny.text_tower())
+
+
+def test_a_tokenizer_that_cannot_be_used_is_told(monkeypatch):
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer cannot be used: "):
+        Conditioner(tokenizer, tiny.text_tower())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.files import check_writable, file_written_atomically, load_json, save_json, written_atomically
+from ldm.files import check_writable, file_written_atomically, load_json, load_yaml, save_json, written_atomically
 
 
 def test_json_round_trip(tmp_path):
@@ -99,3 +99,15 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"no permission to write into {tmp_path}$"):
         check_writable(tmp_path / "a", "dst=b")
+
+
+@pytest.mark.parametrize("content", [
+    b"\xff", b"a: [", b"[1]", b"", b"x", b"[" * 3000, b"a: 2001-02-30", b"!!python/name:os.system ''", b"? [a]\n: b",
+    b"a: &a [*a]", b"a: !!int x", b"a: !!timestamp x",
+])  # fmt: skip
+def test_yaml_of_anything_is_settings_or_told(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml (cannot be read|holds no settings)"):
+        load_yaml(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="is missing"):
+        load_yaml(tmp_path / "gone.yaml")

@@ -503,3 +503,14 @@ def test_parts_that_do_not_fit_each_other(folder):
 def test_ckpt_of_another_kind(folder):
     assert "is a single network, not a whole model" in refusal(folder / "unet")
     assert "there is no such folder" in refusal(folder / "nothing")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sampler": {"a": 1}}, {"sampler": [1]}, {"steps": "9"}, {"guidance_scale": None}]
+)
+def test_a_model_s_settings_may_be_anything(folder, settings):
+    (folder / "ldm.json").write_text(json.dumps(settings))
+    if settings == {"guidance_scale": None}:
+        settings = {"guidance_scale": 7.5}
+    with pytest.raises(UserError, match=f"{next(iter(settings))}="):
+        draw(LatentDiffusionPipeline.from_pretrained(folder, device="cpu"))

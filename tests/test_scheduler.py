@@ -71,3 +71,11 @@ def test_what_our_samplers_do_not_do_is_refused_by_name(options):
     [(name, value)] = options.items()
     with pytest.raises(ValueError, match=rf"{name}={value!r} is not supported"):
         read_scheduler({**BETAS, **options})
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("num", [10**9, 1e300, float("inf"), float("nan")])
+def test_more_timesteps_than_memory_holds_are_refused(kind, num):
+    config = {**NoiseSchedule().config, "_class_name": kind, "num_train_timesteps": num}
+    with pytest.raises(ValueError, match=r"num_train_timesteps=.* is not supported"):
+        read_scheduler(config)

@@ -26,19 +26,28 @@ class Conditioner(nn.Module):
         text_tower: embeds at least the tokenizer's vocabulary and length.
 
     Raises:
-        ValueError: the tokenizer's vocabulary is larger than the tower's embedding.
+        ValueError: the tokenizer's vocabulary is larger than the tower's embedding, or it cannot cut and pad.
     """
 
     def __init__(self, tokenizer: Any, text_tower: TextTower) -> None:
         super().__init__()
-        if len(tokenizer) > text_tower.config["vocab_size"]:
+        num_tokens, limit = 1 + max(tokenizer.get_vocab().values(), default=-1), tokenizer.model_max_length
+        if num_tokens > text_tower.config["vocab_size"]:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the text encoder embeds {text_tower.config['vocab_size']}"
+                f"the tokenizer has {num_tokens} tokens, the text encoder embeds {text_tower.config['vocab_size']}"
             )
+        if not isinstance(limit, int | float) or not limit >= 2:  # begin and end
+            raise ValueError(f"the tokenizer's model_max_length is {limit!r}, no number of tokens")
         self.tokenizer = tokenizer
         self.text_tower = text_tower
         self.num_layers: int = text_tower.config["num_hidden_layers"]
-        self.max_length = min(tokenizer.model_max_length, text_tower.config["max_position_embeddings"])
+        self.max_length = int(min(limit, text_tower.config["max_position_embeddings"]))
+        try:
+            ids = self.tokenize([NULL_CAPTION, "a"])
+        except Exception as error:  # its files may say anything
+            raise ValueError(f"the tokenizer cannot be used: {error}") from error
+        if ids.shape != (2, self.max_length):
+            raise ValueError(f"the tokenizer makes {ids.shape[1]} tokens where {self.max_length} are asked for")
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Return (B, L) int64 token ids; captions longer than L are cut, shorter ones padded."""

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,8 @@ from ldm.errors import UserError
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 """Of files of weights, as they are found; what is written is safetensors."""
+UNFINISHED = ".tmp"
+"""How the hidden name ends that something has while it is being written."""
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -46,6 +48,42 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     return content
 
 
+MOST_VALUES = 100_000
+"""Of a YAML file of ours with its aliases written out: ten lines of them can stand for more than a disk holds."""
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a file that holds a YAML mapping, as data: no tag in it makes an object.
+
+    Raises:
+        UserError: it is not there, cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _num_values(content, {}) > MOST_VALUES:
+            raise UserError(f"{path} stands for more than {MOST_VALUES:,} values, which no config has")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings")
+    return content
+
+
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """Count the values in a tree whose branches may be shared; one within itself is no tree (RecursionError)."""
+    if not isinstance(node, dict | list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1 + sum(
+            _num_values(each, known) for each in (node.values() if isinstance(node, dict) else node)
+        )
+    return known[id(node)]
+
+
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object; the file is whole or as it was."""
     with file_written_atomically(path) as file:
@@ -69,6 +107,20 @@ def check_writable(folder: Path, told: str) -> None:
         raise UserError(f"{told} cannot be written: no permission to write into {there}")
 
 
+def remove_unfinished(paths: Iterable[Path]) -> None:
+    """Remove those of these paths under which a process was writing when it was killed.
+
+    Args:
+        paths: of which the caller knows that no other process is writing there.
+    """
+    for path in list(paths):
+        if path.name.startswith(".") and path.name.endswith(UNFINISHED):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, for as long as this process lives at most; others wait.
@@ -85,7 +137,7 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def file_written_atomically(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write; on success it takes the place of `path`, on failure nothing has changed."""
-    number, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    number, name = tempfile.mkstemp(UNFINISHED, f".{path.name[:40]}.", path.parent)
     try:
         with os.fdopen(number, "wb") as file:
             yield file
@@ -102,8 +154,8 @@ def file_written_atomically(path: Path) -> Iterator[BinaryIO]:
 def written_atomically(folder: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it takes the place of `folder`, on failure nothing has changed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))
-    old = temporary.with_name(f"{temporary.name}.old")
+    temporary = Path(tempfile.mkdtemp(UNFINISHED, f".{folder.name[:40]}.", folder.parent))
+    old = temporary.with_name(f"{temporary.name}.old{UNFINISHED}")
     try:
         temporary.chmod(0o755)
         yield temporary

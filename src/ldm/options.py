@@ -62,7 +62,7 @@ def resolve(options: Options, defaults: Mapping[str, Any], most_steps: int, num_
     if chosen.spacing is None:
         chosen = replace(chosen, spacing=default_spacing(str(chosen.sampler)))
     steps, interval, strength = chosen.steps, chosen.guidance_interval, chosen.strength
-    if chosen.sampler not in SAMPLERS:
+    if chosen.sampler not in tuple(SAMPLERS):  # a model may say anything, also what has no hash
         raise UserError(f"sampler={chosen.sampler} is unknown; there are: {', '.join(SAMPLERS)}")
     if chosen.spacing not in SPACINGS:
         raise UserError(f"spacing={chosen.spacing} is unknown; there are: {', '.join(SPACINGS)}")

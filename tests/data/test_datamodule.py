@@ -74,6 +74,29 @@ def test_overfitting_uses_the_first_batches_alone():
     assert set(flat(few)) == set(Pixels(5).texts)
 
 
+@pytest.mark.parametrize("ranks", [(1, 2), (4, 2), (2, 1)], ids=str)
+def test_with_another_number_of_ranks_it_goes_on_after_the_last_sample(ranks):
+    """Some steps on so many ranks, then on others: none is left out, and less than a step comes again."""
+    steps, order = 3, [index for batch in first(9, 10, 8, 3) for index, _ in batch]
+    then, now = ranks
+    drawn = []
+    for world_size, start in ((then, 0), (now, steps)):
+        modules = [module(rank=rank, world_size=world_size, global_step=start) for rank in range(world_size)]
+        for each in modules:
+            each.before = start * 4 * (then - now)
+        batches = [captions(each.train_dataloader(), steps) for each in modules]
+        again = len(drawn) % (4 * world_size)
+        drawn[len(drawn) - again :] = [text for step in range(steps) for of_rank in batches for text in of_rank[step]]
+    assert drawn == [Pixels(10).texts[index] for index in order[: len(drawn)]]
+
+
+def test_ranks_of_a_network_that_is_cut_up_validate_as_many_batches(monkeypatch):
+    modules = [module(num_val=9, rank=rank, world_size=2) for rank in range(2)]
+    assert [len(each.val_dataloader()) for each in modules] == [2, 1]
+    monkeypatch.setattr("ldm.data.datamodule.ModelParallelStrategy", SimpleNamespace)
+    assert [len(each.val_dataloader()) for each in modules] == [1, 1]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_is_the_whole_set_once_in_order(world_size):
     loaders = [module(num_val=11, rank=rank, world_size=world_size).val_dataloader() for rank in range(world_size)]

@@ -149,15 +149,32 @@ def test_damaged_pictures_are_known_by_their_row(tmp_path):
 
 
 def test_pictures_that_lie_beside_the_set_and_vanish(tmp_path):
-    (tmp_path / "a.png").write_bytes(png())
     folder = tmp_path / "set"
     folder.mkdir()
+    (folder / "a.picture").write_bytes(png())
     table = datasets.Dataset.from_dict(
-        {"image": [str(tmp_path / "a.png"), str(tmp_path / "b.png")], "text": ["a", "b"]}
+        {"image": [str(folder / "a.picture"), str(folder / "b.picture")], "text": ["a", "b"]}
     )
     table.cast_column("image", datasets.Image()).to_parquet(folder / "train.parquet", batch_size=1)
     source = opened(hub_data(folder))
     assert source.index.faults[0] == "" and "cannot be read" in source.index.faults[1]
+
+
+@pytest.mark.parametrize("chain", ["", "file://", "local://", "zip://a.png::", "zip://a.png::file://", "./"])
+def test_a_row_brings_no_other_files_of_this_machine(tmp_path, monkeypatch, chain):
+    picture_folder(tmp_path / "src", ["a.png"])
+    private = Path(shutil.make_archive(str(tmp_path / "private"), "zip", tmp_path / "src"))
+    if not chain.startswith("zip"):
+        private = tmp_path / "src" / "a.png"
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    elsewhere = [f"{folder}/../{private.relative_to(tmp_path)}", str(private)]
+    rows = {"image": [chain + name.replace(f"{tmp_path}/" if chain == "./" else "\0", "") for name in elsewhere]}
+    table = datasets.Dataset.from_dict({**rows, "text": ["a", "b"]})
+    table.cast_column("image", datasets.Image()).to_parquet(folder / "train.parquet", batch_size=1)
+    source = opened(hub_data(folder))
+    assert all("which is neither in the set's folder nor" in fault for fault in source.index.faults)
 
 
 @pytest.mark.parametrize("path", ["reach-vb/pokemon-blip-captions", "pokemon"])
@@ -194,3 +211,13 @@ def test_fingerprint_knows_where_a_picture_ends_and_its_caption_begins(tmp_path)
     one = parquet_folder(tmp_path / "one", images=[b"ab"], text=["c"])
     other = parquet_folder(tmp_path / "other", images=[b"a"], text=["bc"])
     assert opened(hub_data(one)).fingerprint() != opened(hub_data(other)).fingerprint()
+
+
+def test_a_caption_of_damaged_bytes_is_told(tmp_path):
+    import pyarrow.parquet as pq
+
+    path = parquet_folder(tmp_path / "set", 3) / "train.parquet"
+    pq.write_table(pq.read_table(path), path, compression="NONE", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"caption 1", b"caption\xff1"))
+    with pytest.raises(UserError, match="row 1 or one after it cannot be read"):
+        opened(hub_data(tmp_path / "set"))

@@ -1,10 +1,11 @@
 import pickle
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader
 
 import tiny
@@ -441,3 +442,18 @@ def test_the_digest_of_the_encoders_can_be_told(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "encoders_digest", None)  # not computed again
     cached_latents(tmp_path, mixed(), vae, conditioner, encoders=digest)
     folder_of(tmp_path)
+
+
+@pytest.mark.parametrize("memory", ["auto", "disk"])
+def test_a_file_of_other_rows_that_passes_for_whole_is_told(tmp_path, memory):
+    """Its name is the digest of its bytes, so damage does not come so far; a person might."""
+    build(tmp_path)
+    folder = folder_of(tmp_path)
+    for old in folder.glob("context-*.safetensors"):
+        content = save({"rows": load_file(old)["rows"][:1].repeat(9, 1, 1)})
+        old.with_name(f"{old.stem.rpartition('-')[0]}-{sha256(content).hexdigest()[:16]}.safetensors").write_bytes(
+            content
+        )
+        old.unlink()
+    with pytest.raises(UserError, match=r"it holds \(9, 12, 16\) in torch\.float32\. Remove it"):
+        build(tmp_path, memory=memory)

@@ -487,3 +487,25 @@ def test_the_fingerprint_is_of_pictures_captions_and_order(tmp_path):
         prints[name] = source(write_tar(tmp_path / name / "0.tar", members)).fingerprint()
     assert prints["base"] == prints.pop("same")
     assert len(set(prints.values())) == len(prints)
+
+
+def test_a_damaged_list_of_members_is_made_again(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_tar(tmp_path / "0.tar", samples(0, 2))
+    captions = source(tmp_path, tmp_path / "cache").captions()
+    (kept,) = (tmp_path / "cache" / "shards").glob("*.members")
+    good = pq.read_table(kept)
+    names, offsets, sizes = (good[name].to_pylist() for name in good.column_names)
+    for columns in (
+        {"offset": pa.array(offsets), "size": pa.array([10**15, *sizes[1:]])},
+        {"offset": pa.array([-512, *offsets[1:]]), "size": pa.array(sizes)},
+        {"offset": pa.array(list(map(str, offsets))), "size": pa.array(sizes)},
+        {"offset": pa.array([None, *offsets[1:]]), "size": pa.array(sizes)},
+    ):
+        pq.write_table(pa.table({"name": pa.array(names), **columns}), kept)
+        assert source(tmp_path, tmp_path / "cache").captions() == captions
+    pq.write_table(good, kept, compression="NONE")
+    kept.write_bytes(kept.read_bytes().replace(b"00001.png", b"0000\xff.png"))  # no text any more
+    assert source(tmp_path, tmp_path / "cache").captions() == captions

@@ -481,3 +481,34 @@ def test_captions_are_read_without_pictures(tmp_path, monkeypatch):
     read, asked = parquet.RowGroups._read, []
     monkeypatch.setattr(parquet.RowGroups, "_read", lambda *args: asked.append(args[2]) or read(*args))
     assert len(found.captions()) == 8 and asked == [["text"]] * 2 and not copies(tmp_path)
+
+
+def test_what_was_counted_may_be_damaged_and_is_counted_again(config, tmp_path):
+    counts = opened(config, tmp_path / "cache").counts
+    (kept,) = (tmp_path / "cache").glob("*.jsonl")
+    url, mark, _ = json.loads(kept.read_text().splitlines()[0])
+    for found in ("null", '"7"', "-1", "1e3", str(2**70), "[-1]", '["x"]', f"[{2**70}]", "{}", "[" * 100_000):
+        with kept.open("a") as file:
+            file.write(f"[{json.dumps(url)}, {json.dumps(mark)}, {found}]\n")
+    assert np.array_equal(opened(config, tmp_path / "cache").counts, counts)
+
+
+def test_a_number_of_samples_that_no_shard_has(tmp_path):
+    folder = write_tars(tmp_path / "set", [3])
+    (folder / "sizes.json").write_text(json.dumps({"000.tar": 2**64}))
+    with pytest.raises(UserError, match=r"sizes\.json: 000\.tar has 18446744073709551616 samples"):
+        opened(shards_config(folder))
+
+
+def test_damage_inside_of_a_row_group_is_told(tmp_path, monkeypatch):
+    folder = write_parquet(tmp_path / "set", [4])
+    path = folder / "train-000.parquet"
+    pq.write_table(pq.read_table(path), path, compression="NONE", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"no. 2", b"no.\xff2"))
+    found = opened(hub_config(folder), max_bad=1)
+    assert len(found.captions()) == 3
+    with pytest.raises(UserError, match="column 'text' cannot be read"):
+        found.shards.open(0).captions(2)
+    found.shards.counts = np.array([5])
+    with pytest.raises(UserError, match="is damaged: it does not hold the 5 rows that it should"):
+        found.shards.open_captions(0)

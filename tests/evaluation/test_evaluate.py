@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.evaluation.evaluate import evaluate
-from ldm.evaluation.table import print_table
+from ldm.evaluation.table import print_table, show
 from ldm.training import stages
 from runs import compose_values, run_script, tiny_config
 
@@ -133,3 +133,15 @@ def test_a_model_without_a_run_has_no_prompt_accuracy(run_dir, tmp_path):
         assert not list(tmp_path.glob("*.json"))
     finally:
         (tmp_path / "model").rename(run_dir / "model")
+
+
+@pytest.mark.parametrize("content", [
+    b"\xff", b"[1]", b"{", b'{"prompt_accuracy": 3}', b'{"prompt_accuracy": {"ceiling": {}}}',
+    b'{"fid": {"values": [1]}}',
+    b'{"fid": {"values": [{"steps": 1, "guidance_scale": "x", "value": 1}]}}', b'{"retrieval": 3}',
+])  # fmt: skip
+def test_results_of_anything_are_told(tmp_path, content):
+    path = tmp_path / "evaluation.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"evaluation\.json "):
+        show(path)

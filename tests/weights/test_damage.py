@@ -121,3 +121,18 @@ def test_a_config_of_endless_layers(tmp_path, change):
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match=r"config.json asks for more layers than .* has tensors"):
             load_network(network, folder)
+
+
+@pytest.mark.parametrize(("network", "change"), [
+    (TextTower, {"eos_token_id": True}), (TextTower, {"eos_token_id": "2"}), (TextTower, {"layer_norm_eps": 1e400}),
+    (AutoencoderKL, {"scaling_factor": {"_target_": "os.system"}}), (AutoencoderKL, {"shift_factor": "0"}),
+    (AutoencoderKL, {"latent_channels": 2**40}), (AutoencoderKL, {"sample_size": [8, None]}),
+    (AutoencoderKL, {"scaling_factor": float("nan")}), (AutoencoderKL, {"use_quant_conv": 1}),
+])  # fmt: skip
+def test_an_option_of_another_kind_is_named_when_it_is_loaded(tmp_path, network, change):
+    """Some are used in drawing alone, where they would fail far from the file."""
+    save_network(tiny.text_tower() if network is TextTower else tiny.vae(), tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=rf"config\.json: .*option {next(iter(change))}=.* is not supported \(only "):
+        load_network(network, tmp_path / "x")

@@ -228,3 +228,16 @@ def test_a_snapshot_says_what_it_is(folder):
 
     told = json.loads(read_metadata(folder / "step-0000100-length-0.05.safetensors")["average"])
     assert told == {"steps": 100, "length": 0.05, "every": EVERY}
+
+
+@pytest.mark.parametrize("told", [
+    '{"steps": Infinity, "length": 0.1, "every": 1}', '{"steps": 1000, "length": 0.1, "every": Infinity}',
+    "[" * 100_000, "[1]", '{"steps": 1000000000, "length": 0.1, "every": 1}',
+])  # fmt: skip
+def test_what_a_snapshot_says_of_itself_may_be_anything(tmp_path, told):
+    from ldm.weights.tensors import write_weights
+
+    for steps in (1000, 10**9):
+        write_weights(tmp_path / f"step-{steps:07d}-length-0.1.safetensors", {"a": torch.ones(3)}, {"average": told})
+    with pytest.raises(UserError, match="is no average of a run"):
+        reconstruct(tmp_path, 0.1)

@@ -120,6 +120,7 @@ class Rows:
 
     def __init__(self, table: Table, row_shape: tuple[int, ...], folder: CacheFolder) -> None:
         self.paths = [folder.paths[shard.name] for shard in table.shards]
+        self._shapes = {folder.paths[shard.name]: shard.shape for shard in table.shards}
         self.row_shape, self.dtype = row_shape, table.dtype
         stacked = prod(table.row_shape) // prod(row_shape)
         self.num_rows, self.rows_per_part = table.num_rows * stacked, table.rows_per_shard * stacked
@@ -148,7 +149,10 @@ class Rows:
 
     def _mapped(self, path: Path) -> Tensor:
         try:
-            return load_file(path)[TENSOR].view(-1, *self.row_shape)
+            rows = load_file(path)[TENSOR]
+            if rows.shape != self._shapes[path] or rows.dtype != self.dtype:
+                raise ValueError(f"it holds {tuple(rows.shape)} in {rows.dtype}. Remove it")
+            return rows.view(-1, *self.row_shape)
         except Exception as error:  # one of safetensors' cannot be pickled, and would hang a loader process
             raise UserError(f"{path} cannot be read any more, the same command makes it anew: {error}") from None
 

@@ -72,6 +72,11 @@ class HubSource(Indexed):
             raise UserError(f"there is no picture in column '{self.config.image_column}'")
         if image["bytes"] is not None:
             return image["bytes"]
+        if not _may_read(image["path"], self.config.path):
+            raise UserError(
+                f"its row names the file {image['path']}, which is neither in the set's folder nor in what `datasets` "
+                "unpacked: it is not read; copy it into the folder, or its bytes into the row"
+            )
         import fsspec
 
         try:
@@ -98,7 +103,12 @@ class HubSource(Indexed):
         named = [name for _, name in self.wording.parts if name in self.dataset.column_names]
         needed = [name for name in dict.fromkeys([*self.caption_columns, *named]) if name != self.config.image_column]
         worded, unread = [], dict.fromkeys(self.dataset.column_names)  # whose names alone are told
-        for i, row in enumerate(self.dataset.select_columns(needed)):
+        rows = iter(self.dataset.select_columns(needed))
+        for i in range(len(self.dataset)):
+            try:
+                row = next(rows)
+            except Exception as error:  # damaged bytes may fail anywhere
+                raise UserError(f"{self.config.path}, row {i} or one after it cannot be read: {error}") from error
             texts = [text for name in self.caption_columns for text in self._texts(row[name], name, i)]
             fields = {**unread, **row}
             worded.append([text for text in self.wording(fields, texts) if text] or [""])
@@ -113,6 +123,22 @@ class HubSource(Indexed):
                 "not text (data.caption_column names another column)"
             )
         return [text or "" for text in texts] or [""]
+
+
+def _may_read(path: str, folder: str) -> bool:
+    """Tell whether a row's path, or that of the archive which it says the picture is in, may be opened.
+
+    A set from anywhere must not bring other files of this machine into training.
+    """
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    protocol, _, name = path.rpartition("::")[2].rpartition("://")
+    if protocol not in ("", "file", "local"):
+        return True
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    roots = [os.path.abspath(os.path.expanduser(root)) for root in (folder, *map(str, caches))]
+    return any(os.path.commonpath([os.path.abspath(name), root]) == root for root in roots)
 
 
 def load(config: HubSection) -> Any:

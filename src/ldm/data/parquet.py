@@ -41,7 +41,7 @@ class RowGroup:
         Raises:
             UserError: the row holds none.
         """
-        cell = self.table[self.config.image_column][index].as_py()
+        cell = self._cell(self.config.image_column, index)
         found = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(found, bytes):
             raise UserError(f"there is no picture in column '{self.config.image_column}'; files beside it are not read")
@@ -53,9 +53,15 @@ class RowGroup:
         Raises:
             UserError: they are no text.
         """
-        row = {name: self.table[name][index].as_py() for name in self.others}
+        row = {name: self._cell(name, index) for name in self.others}
         captions = [text for name in _caption_columns(self.config) for text in texts_of(row[name])]
         return [text for text in self.wording(row, captions) if text] or [""]
+
+    def _cell(self, column: str, index: int) -> Any:
+        try:
+            return self.table[column][index].as_py()
+        except ValueError as error:  # also pyarrow's own kinds
+            raise UserError(f"column '{column}' cannot be read: {error}") from error
 
 
 class RowGroups:
@@ -79,7 +85,7 @@ class RowGroups:
         self.states = each(state, self.urls, "asking for the state of files", "files")
         self.columns = self._columns()
         kept = None if cache is None else cache / "footers.jsonl"
-        counts = recalled(_rows, self.urls, self.states, kept, "reading the footers of parquet files")
+        counts = recalled(_rows, _are_counts, self.urls, self.states, kept, "reading the footers of parquet files")
         self.counts = np.array([count for groups in counts for count in groups], dtype=np.int64)
         self._file = np.repeat(np.arange(len(self.urls)), [len(groups) for groups in counts])
         self._group = np.concatenate([np.arange(len(groups)) for groups in counts])
@@ -125,7 +131,12 @@ class RowGroups:
 
         def read() -> Any:
             with open_file(self.urls[self._file[number]]) as file:
-                return pq.ParquetFile(file).read_row_group(int(self._group[number]), columns, use_threads=False)
+                table = pq.ParquetFile(file).read_row_group(int(self._group[number]), columns, use_threads=False)
+            if any(len(column) != self.counts[number] for column in table.columns):
+                raise UserError(
+                    f"{self.told(number)} is damaged: it does not hold the {self.counts[number]} rows that it should"
+                )
+            return table
 
         return patiently(read, f"{self.told(number)} cannot be read")
 
@@ -197,6 +208,10 @@ def _footer(url: str) -> Any:
             return pq.ParquetFile(file).metadata
 
     return patiently(read, f"{url} cannot be read as parquet")
+
+
+def _are_counts(groups: Any) -> bool:
+    return isinstance(groups, list) and all(type(count) is int and 0 <= count < 2**40 for count in groups)
 
 
 def _rows(url: str) -> list[int]:

@@ -75,12 +75,18 @@ def each(action: Callable[[Item], T], items: Sequence[Item], label: str, unit: s
 
 
 def recalled(
-    action: Callable[[str], T], urls: Sequence[str], states: Sequence[str], kept: Path | None, label: str
+    action: Callable[[str], T],
+    fits: Callable[[Any], bool],
+    urls: Sequence[str],
+    states: Sequence[str],
+    kept: Path | None,
+    label: str,
 ) -> list[T]:
     """Return what an action finds in each file, without asking again what is known from before.
 
     Args:
         action: takes a URL, returns what JSON can hold.
+        fits: tells whether what was kept is such a thing; a damaged line is asked for anew.
         urls, states: the files.
         kept: file of JSON lines, to which each finding is added at once; None keeps nothing.
         label: what is going on.
@@ -88,9 +94,10 @@ def recalled(
     known: dict[tuple[str, str], T] = {}
     content = kept.read_bytes() if kept is not None and kept.exists() else b""
     for line in content.splitlines():
-        with suppress(ValueError, TypeError):  # cut short when a process was killed
+        with suppress(ValueError, TypeError, RecursionError):  # cut short when a process was killed
             url, mark, found = json.loads(line)
-            known[url, mark] = found
+            if fits(found):
+                known[url, mark] = found
 
     def ask(file: tuple[str, str]) -> None:
         known[file] = action(file[0])

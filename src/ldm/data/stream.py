@@ -32,6 +32,9 @@ WINDOW = 8
 ENOUGH = 200
 """Pictures after which their share of broken ones means something."""
 
+MOST_SAMPLES = 2**40
+"""Of a shard, so that numbers of many add up to one that a machine can hold."""
+
 SIZES = "sizes.json"
 """File beside tars that says how many samples each holds: {"000.tar": 10000}."""
 
@@ -213,7 +216,8 @@ class TarShards:
         rest = [url for url in self.urls if url not in stated]
         kept = None if cache is None else cache / "shard-sizes.jsonl"
         label = f"counting samples of shards that no {SIZES} tells of"
-        listed = recalled(lambda url: len(self._opened(url)), rest, [self.state_of[url] for url in rest], kept, label)
+        states = [self.state_of[url] for url in rest]
+        listed = recalled(lambda url: len(self._opened(url)), _is_count, rest, states, kept, label)
         stated |= dict(zip(rest, listed, strict=True))
         self.counts = np.array([stated[url] for url in self.urls], dtype=np.int64)
 
@@ -280,10 +284,14 @@ def _stated(urls: Sequence[str]) -> dict[str, int]:
     for folder in sorted({_split(url)[0] for url in urls}):
         where = f"{folder}/{SIZES}"
         for name, number in parse_json(_read_if_there(where) or "{}", where).items():
-            if type(number) is not int or number < 0:
+            if not _is_count(number):
                 raise UserError(f"{where}: {name} has {number!r} samples; state a whole number, or remove the file")
             stated[folder, name] = number
     return {url: stated[_split(url)] for url in urls if _split(url) in stated}
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < MOST_SAMPLES
 
 
 def _split(url: str) -> tuple[str, str]:

@@ -226,12 +226,15 @@ def _members(handle: _Handle, told: str, kept: Path | None) -> list[Member]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    types = [pa.string(), pa.int64(), pa.int64()]
     if kept is not None and kept.exists():
         try:
             table = pq.read_table(kept)
-            return list(zip(*(table[name].to_pylist() for name in ("name", "offset", "size")), strict=True))
-        except (pa.ArrowException, OSError, KeyError):
-            pass  # damaged: list again
+            listed = list(zip(*(table[name].to_pylist() for name in ("name", "offset", "size")), strict=True))
+            if table.schema.types == types and all(_lies_in(handle, member) for member in listed):
+                return listed
+        except Exception:  # whatever is wrong with it: listing again finds the same
+            pass
     try:
         with open(os.dup(handle.number), "rb") as file:
             members = list_members(file, told)
@@ -239,7 +242,6 @@ def _members(handle: _Handle, told: str, kept: Path | None) -> list[Member]:
         raise UserError(f"{told} cannot be read: {error}") from error
     if kept is not None:
         columns = list(zip(*members, strict=True)) or [(), (), ()]
-        types = (pa.string(), pa.int64(), pa.int64())
         arrays = [pa.array(column, kind) for column, kind in zip(columns, types, strict=True)]
         try:
             with file_written_atomically(kept) as out:
@@ -247,6 +249,11 @@ def _members(handle: _Handle, told: str, kept: Path | None) -> list[Member]:
         except OSError as error:
             raise UserError(f"{kept} cannot be written: {error}") from error
     return members
+
+
+def _lies_in(handle: _Handle, member: Member) -> bool:
+    _, offset, size = member
+    return min(offset, size) >= 0 and offset + size <= handle.state[0]
 
 
 def texts_of(value: Any) -> list[str]:

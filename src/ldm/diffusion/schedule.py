@@ -19,6 +19,7 @@ from ldm.diffusion.parameterization import check_prediction_type
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
+MOST_TIMESTEPS = 10**6  # of a config: tables of so many take megabytes
 TERMINAL_SIGMA = 2.0**12
 """Stands for the sigma = ∞ of pure noise (ᾱ = 0) where one must calculate with it, as diffusers has it: ᾱ = 2^-24."""
 
@@ -374,6 +375,9 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule | FlowSched
             that the schedule cannot be sampled with.
     """
     class_name, prediction_type = config.get("_class_name") or "", config.get("prediction_type")
+    num = config.get("num_train_timesteps")
+    if isinstance(num, int | float) and not num <= MOST_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps={num:g} is not supported (only up to {MOST_TIMESTEPS})")
     if class_name.startswith("FlowMatch") or prediction_type == "flow_prediction":
         check_prediction_type(prediction_type or "flow_prediction", zero_terminal_snr=True)
         return FlowSchedule.from_config(config)

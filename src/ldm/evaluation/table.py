@@ -1,6 +1,5 @@
 """The tables of what was measured, from the figures in `evaluation.json`: `python -m ldm.evaluation.table FILE`."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from ldm.errors import UserError
+from ldm.files import load_json
 
 WIDTH = 110
 
@@ -53,8 +55,24 @@ def print_figures(results: Mapping[str, Any]) -> None:
 REFERENCES = {"floor": "other real pictures", "real": "held-out pictures", "expected": "held-out pictures, by chance"}
 
 
+def show(path: Path) -> None:
+    """Print the tables of a file of results.
+
+    Raises:
+        UserError: it cannot be read, or does not hold what `evaluate.py` writes.
+    """
+    found = load_json(path)
+    try:
+        if "prompt_accuracy" in found:
+            print_table(found["prompt_accuracy"])
+        print_figures(found)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a person may have written into it
+        raise UserError(f"{path} holds no results of evaluate.py: {type(error).__name__}: {error}") from error
+
+
 if __name__ == "__main__":
-    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    if "prompt_accuracy" in found:
-        print_table(found["prompt_accuracy"])
-    print_figures(found)
+    try:
+        show(Path(sys.argv[1]))
+    except (UserError, IndexError) as error:
+        print(f"error: {error if isinstance(error, UserError) else 'name an evaluation.json'}", file=sys.stderr)
+        sys.exit(2)

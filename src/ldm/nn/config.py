@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T", int, str)
+
+KINDS = {int: "one whole number", float: "one number", bool: "true or false", str: "one text"}
+LARGEST = 2**31
+"""No option of a network is as large; nor is NaN or infinity less."""
 
 # Options of the other libraries that Stable Diffusion 1.x and 2.x leave switched off, with the values that do so.
 UNET_OFF: dict[str, tuple[Any, ...]] = {
@@ -101,9 +106,33 @@ def read_config(
         elif value not in off[name]:
             allowed = " or ".join(repr(choice) for choice in off[name])
             problems.append(f"option {name}={value!r} in config.json is not supported (only {allowed})")
+    chosen = {name: value for name, value in config.items() if name in options}
+    hints = get_type_hints(vars(cls)["__init__"])
+    for name, value in chosen.items():
+        if not fits(value, hints[name]):
+            problems.append(f"option {name}={value!r} is not supported (only {KINDS.get(hints[name], 'a list')})")
     if problems:
         raise ValueError(f"{cls.__name__}: {'; '.join(problems)}")
-    return {name: value for name, value in config.items() if name in options}
+    return chosen
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value out of JSON is of an option's type.
+
+    >>> fits(8, int | Sequence[int]), fits([8, None], Sequence[int]), fits(float("nan"), float), fits(True, int)
+    (True, False, False, False)
+    """
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is Sequence:
+        return isinstance(value, list | tuple) and all(fits(each, parts[0]) for each in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping)
+    if hint in (int, float):
+        kinds = int if hint is int else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < LARGEST
+    return isinstance(value, hint)
 
 
 def per_level(cls: str, name: str, value: T | Sequence[T], num_levels: int) -> list[T]:

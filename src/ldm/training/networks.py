@@ -145,7 +145,10 @@ def load_conditioner(config: TrainConfig) -> Conditioner:
     source = config.text_encoder.pretrained or str(require_result(config, "clip"))
     text_tower = load_part(TextTower, source, option="text_encoder.pretrained")
     tokenizer = load_text_tokenizer(source, text_tower, "text_encoder.pretrained")
-    return Conditioner(tokenizer, text_tower).eval().requires_grad_(False)
+    try:
+        return Conditioner(tokenizer, text_tower).eval().requires_grad_(False)
+    except ValueError as error:
+        raise UserError(f"text_encoder.pretrained={source}: {error}") from error
 
 
 def _build(network: Any, group: str, seed: int, **options: Any) -> Any:

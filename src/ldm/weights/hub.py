@@ -3,6 +3,7 @@
 What a person names is a `source`: any of these. A local path wins over a hub id.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from itertools import product
@@ -48,8 +49,8 @@ def locate(source: str, option: str) -> Path | None:
     Raises:
         UserError: it is neither.
     """
-    path = Path(source).expanduser()
-    if source and path.exists():
+    path = Path(os.path.expanduser(source))
+    if source and os.path.exists(path):  # also of what is too long for a name
         return path
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
         raise UserError(f"{option}={source}: there is no such folder or file (seen from {Path.cwd()})")
@@ -64,8 +65,8 @@ def find_model(source: str, option: str = "ckpt") -> Path:
     Raises:
         UserError: it is not there, or is of another kind.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
         raise UserError(f"{option}={source}: there is no such folder (seen from {Path.cwd()})")
     return model_folder(path, f"{option}={source}")
 

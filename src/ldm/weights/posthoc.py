@@ -19,9 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.files import parse_json
 from ldm.weights.tensors import read_metadata, write_weights
 
 MOST = 0.1  # error of a profile, as a share of its size, that is taken; that of weights has been a tenth of it
+MOST_SNAPSHOTS = 10**5  # of a length
 FOLDER = "ema"  # of a run directory, where its snapshots are
 
 
@@ -163,12 +165,14 @@ def _snapshots(folder: Path) -> tuple[list[Snapshot], int]:
     found, every = [], 1
     for path in folder.glob("step-*-length-*.safetensors"):
         try:
-            told = json.loads(read_metadata(path)["average"])
+            told = parse_json(read_metadata(path)["average"], "what it says of itself")
             snapshot, every = Snapshot(int(told["steps"]), float(told["length"])), int(told["every"])
             exponent(snapshot.length)
             if snapshot.name != path.name or every < 1:
                 raise ValueError(f"it says that it is {snapshot.name}")
-        except (KeyError, TypeError, ValueError) as error:
+            if snapshot.steps > MOST_SNAPSHOTS * every:
+                raise ValueError(f"it says that it is of {snapshot.steps} steps, and one of every {every}")
+        except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
             raise UserError(f"{path} is no average of a run: {error}. Take it out of the folder") from error
         found.append(snapshot)
     return sorted(found), every
