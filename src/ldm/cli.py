@@ -5,6 +5,7 @@ Values of free-text keys (prompts, paths) are therefore quoted before Hydra read
 """
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldm.errors import UserError
+from ldm import ranks
+from ldm.errors import UserError, explaining_full_disk
+from ldm.redact import printable, redacted
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
 FREE_TEXT_KEYS = (
@@ -75,6 +78,7 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
     Exits with code 2 and one clear message on bad input, 130 on Ctrl-C. What goes wrong before `main` is about the
     command line or a config file; an exception from inside `main` that is no `UserError` keeps its traceback.
     """
+    _let_any_text_be_printed()
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_help(doc or "", config_name, config_dir))
@@ -85,19 +89,18 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    faults: list[Exception] = []
-
     def job(cfg: Any) -> Any:
-        try:  # exits at once: Hydra would print all overrides before handing an exception on
-            return main(cfg)
+        try:  # exits at once: Hydra would print all overrides, and secrets in them, before handing an exception on
+            with ranks.ending_together(), explaining_full_disk():
+                return main(cfg)
         except UserError as error:
             _exit(str(error))
         except OmegaConfBaseException as error:  # an interpolation that leads nowhere shows when it is resolved
             _exit(_explain(error, config_name, config_dir))
         except Exception as error:
-            faults.append(error)
-            raise
+            raise _Bug(error) from error
 
+    bug: Exception | None = None
     where: dict[str, Any] = {"config_path": str(config_dir), "config_name": config_name}
     keys: tuple[str, ...] = FREE_TEXT_KEYS
     try:
@@ -111,10 +114,20 @@ def run(main: Callable[[Any], Any], config_name: str, doc: str | None, config_di
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+    except _Bug as carrier:
+        bug = carrier.error
     except Exception as error:
-        if any(error is fault for fault in faults):
-            raise
         _exit(_explain(error, config_name, config_dir))
+    if bug is not None:
+        raise bug
+
+
+class _Bug(BaseException):
+    """Carries an exception of ours through Hydra, which lets only what is no `Exception` pass as it is."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def _uses_groups(config: Any) -> bool:
@@ -123,8 +136,16 @@ def _uses_groups(config: Any) -> bool:
     return any(not str(key).removeprefix("override ").startswith("hydra/") for key in named)
 
 
+def _let_any_text_be_printed() -> None:
+    """Let letters that a terminal or a log's encoding lacks be shown as escapes, rather than end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _exit(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    lines = [printable(line) for line in redacted(message).split("\n")]
+    print("error:", "\n".join(lines), file=sys.stderr)
     sys.exit(2)
 
 
@@ -173,6 +194,9 @@ def _explain(error: BaseException | None, config_name: str, config_dir: Path) ->
         return f"unknown config key '{key}'{nearest(key, candidates)} (--help lists the groups, --cfg job the keys)"
     if found := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, option = found[1], found[2]
+        if group in ("hydra/launcher", "hydra/sweeper"):
+            more = "launchers joblib, submitit_local, submitit_slurm and the sweeper optuna"
+            return f"there is no {group}={option}; pip install 'ldm[sweeps]' brings the {more}"
         options = groups.get(group, [])
         return f"no option '{option}' in group '{group}'{nearest(option, options) or '.'} It has: {', '.join(options)}"
     return text

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from ldm.data.images import Pixels, to_channels, to_pil
 from ldm.errors import UserError
 from ldm.files import file_written_atomically
+from ldm.redact import redacted
 
 
 def slug(text: str, most: int = 40) -> str:
@@ -30,10 +31,10 @@ def save_png(path: Path, pixels: Pixels, settings: Mapping[str, Any] | None = No
     """Write (H, W, C) pixels, grey, RGB or RGBA, as a PNG whose text chunks carry `settings`.
 
     `parameters` is the line that other tools read, `ldm` is everything as JSON, for `read_settings`. The file appears
-    whole or not at all.
+    whole or not at all. Secrets of the environment stay out of it.
     """
     info = PngImagePlugin.PngInfo()
-    if settings:
+    if settings := redacted(settings):
         info.add_text("parameters", parameters(settings))  # as UTF-8 where Latin-1 does not have its letters
         info.add_itxt("ldm", json.dumps(settings, ensure_ascii=False))
     with file_written_atomically(path) as file:

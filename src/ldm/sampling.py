@@ -1,6 +1,7 @@
 """What `sample.py` does: prompts from the command line, a file or a picture; pictures into a folder."""
 
 import hashlib
+import os
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 from ldm import __version__
 from ldm.config import SampleConfig, check
 from ldm.errors import UserError
+from ldm.redact import printable, redacted
 
 PARTS = ("vae", "text_encoder", "unet", "tokenizer", "prediction_type", "variant")
 DRAWN_UPON = ("init_image", "mask")  # files, which must be as they were when a picture is drawn again
@@ -70,7 +72,8 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
         print(f"warning: {config.ckpt} has changed since {values['from_image']} was drawn: the picture will be another")
     cut = {p for p in prompts if pipeline.conditioner.num_tokens(p) > pipeline.conditioner.max_length}
     for prompt in sorted(cut):
-        print(f"warning: only the first {pipeline.conditioner.max_length} tokens are read of: {prompt}")
+        shown = printable(redacted(prompt))
+        print(f"warning: only the first {pipeline.conditioner.max_length} tokens are read of: {shown}")
 
     # A picture drawn again takes the place in a batch of the size that it had: so it is the same to the last bit.
     num, size = len(prompts), copies if copies > 1 else config.batch_size
@@ -78,7 +81,7 @@ def sample(values: Mapping[str, Any], stated: Collection[str] = ()) -> list[Path
     fixed = {"ckpt": config.ckpt, **parts, **options, **canvas, "dtype": config.dtype, "device": config.device}
     for name in DRAWN_UPON:
         if canvas[name]:
-            fixed[f"{name}_sha256"] = _digest(Path(canvas[name]).expanduser())
+            fixed[f"{name}_sha256"] = _digest(os.path.expanduser(canvas[name]))
     files: list[Path] = []
     first = _next_number(out)  # nothing is written over
     drawn, started = [], time.monotonic()
@@ -164,12 +167,12 @@ def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str
         kept.pop("strength", None)
     for name in DRAWN_UPON:
         before = found.get(f"{name}_sha256")
-        if isinstance(kept.get(name), str) and before != _digest(Path(kept[name]).expanduser()):
+        if isinstance(kept.get(name), str) and before != _digest(os.path.expanduser(kept[name])):
             raise UserError(
                 f"{name}={kept[name]} is not there as {path} was drawn with it: put it back, or name one with {name}=…"
             )
     if "ckpt" in kept:
-        print(f"{path}: ckpt={kept['ckpt']}")
+        print(f"{path}: ckpt={printable(str(kept['ckpt']))}")
     place, size = 0, 1
     if not {"prompt", "prompt_file", "num_images", "seed", "batch_size"} & set(stated):
         match found.get("batch"):
@@ -179,11 +182,11 @@ def _again(values: Mapping[str, Any], stated: Collection[str]) -> tuple[dict[str
     return {**values, **kept}, place, size, model_hash
 
 
-def _digest(path: Path | None) -> str | None:
-    """Return a file's SHA-256, or None where there is none to read."""
-    if path is None or not path.is_file():
+def _digest(path: str | Path | None) -> str | None:
+    """Return a file's SHA-256, or None where there is none to read, whatever its name."""
+    if path is None or not os.path.isfile(path):
         return None
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

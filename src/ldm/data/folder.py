@@ -19,6 +19,7 @@ from ldm.data.indexed import Indexed
 from ldm.data.remote import local_state
 from ldm.errors import UserError
 from ldm.ranks import say_once
+from ldm.redact import printable
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
 NOT_READ = frozenset({".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"})
@@ -48,7 +49,7 @@ class FolderSource(Indexed):
         _say_what_is_taken(config.path, pictures, others)
         wording = Wording(config.caption_template, config.caption_prefix, config.caption_suffix)
         found = folder_captions(self.root, told, pictures, others, config.caption_column, wording)
-        say_once(f"  captions of {_printable(config.path)}: {_printable(found.rule)}")
+        say_once(f"  captions of {printable(config.path)}: {printable(found.rule)}")
         for name in found.captions.keys() - pictures.keys() - found.missing.keys():
             pictures[name] = local_state(os.stat(self.root / name))  # listed, of another suffix
         names = sorted({*pictures, *found.missing})
@@ -62,7 +63,7 @@ class FolderSource(Indexed):
         key = hashlib.sha256(os.fsencode(os.path.abspath(self.root))).hexdigest()[:16]
         kept = None if cache is None else cache / f"folder-{key}.parquet"
         stamps = [pictures.get(name, "") for name in names]
-        self.index = look_at(names, stamps, read, kept, f"looking at {_printable(config.path)}")
+        self.index = look_at(names, stamps, read, kept, f"looking at {printable(config.path)}")
 
     def read(self, index: int) -> bytes:
         return (self.root / self.index.names[index]).read_bytes()
@@ -148,13 +149,9 @@ def _say_what_is_taken(path: str, pictures: Iterable[str], others: Iterable[str]
     top = {name.split("/", 1)[0] for name in pictures if "/" in name}
     if "train" in top and (held_out := [f"{name}/" for name in VALIDATION if name in top]):
         say_once(
-            f"  of {_printable(path)} train/ and {', '.join(held_out)} are taken together: data.num_val pictures "
+            f"  of {printable(path)} train/ and {', '.join(held_out)} are taken together: data.num_val pictures "
             "of all are held out; to train on train/ alone, name it in data.path"
         )
     passed_over = Counter(suffix(name) for name in others if suffix(name) in NOT_READ)
     for kind, num in passed_over.most_common():
-        say_once(f"  of {_printable(path)} {num} {kind} are passed over: no decoder, convert them to .png or .jpg")
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+        say_once(f"  of {printable(path)} {num} {kind} are passed over: no decoder, convert them to .png or .jpg")

@@ -23,6 +23,7 @@ from ldm.data.shards import TarSource
 from ldm.data.stream import Stream, hold_out, open_stream
 from ldm.errors import UserError
 from ldm.files import file_written_atomically
+from ldm.plugins import build
 from ldm.ranks import say_once
 
 
@@ -221,9 +222,7 @@ def open_source(section: Any, read: Callable[[bytes], Pixels], cache: Path | Non
         own = {name: getattr(section, name) for name in (*Wording.model_fields, "caption_column")}
         return FolderSource(FolderSection(kind="folder", path=str(folder), **own), read, cache)
     assert isinstance(section, CustomSection)
-    import hydra.utils
-
-    return hydra.utils.instantiate(section.source.node())
+    return build(section.source.node())
 
 
 def _without_faults(sources: Mapping[str, Any], max_bad: float, report: Path | None) -> list[Source]:

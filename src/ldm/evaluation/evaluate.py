@@ -16,6 +16,7 @@ from ldm.evaluation.reconstruction import reconstruction
 from ldm.evaluation.subject import Progress, Subject, silent
 from ldm.evaluation.table import print_figures, print_table
 from ldm.files import check_writable, save_json
+from ldm.redact import redacted
 from ldm.report import report
 from ldm.weights.hub import find_model
 
@@ -61,7 +62,7 @@ def evaluate(values: Mapping[str, Any], progress: Progress = silent) -> dict[str
     if plots := plot(subject, results):
         results["plots"] = plots
     results["seconds"] = round(time.monotonic() - started, 1)
-    save_json(out, results)
+    save_json(out, redacted(results))
     print_figures(results)
     print(f"written: {out}")
     if out.parent == run_dir and (run_dir / "config.yaml").is_file():
