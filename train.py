@@ -14,7 +14,7 @@ from ldm import cli
 
 
 def main(cfg: Any) -> float | None:
-    from ldm.training.stages import run_from_hydra
+    from ldm.training.jobs import run_from_hydra
 
     return run_from_hydra(cfg)
 

@@ -87,6 +87,7 @@ def test_what_cannot_be_summed_up_is_told(sweep, tmp_path):
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_recipes_are_one_sweep_that_ends_in_a_ranking(tmp_path, capsys):
     """As typed, but two recipes of a tiny model: each is trained by its own objective, and ranked."""
     tiny = [item for item in TINY if item != "evaluation.metrics=[]"]
@@ -122,3 +123,26 @@ def test_every_recipe_composes(monkeypatch):
     assert set(named.split(",")) == options
     for option in options:
         tiny_config("out", "sweep=recipes", f"recipe={option}", "evaluation.metrics=[prompt_accuracy]")
+
+
+def test_damaged_rows_and_overrides_are_passed_over(sweep):
+    run = sweep / "seed-0_recipe-v"
+    before = summarize(sweep)
+    with (run / "metrics.csv").open("ab") as file:
+        file.write(b'\ndiffusion/val_loss,9,null,1\ndiffusion/val_loss,nine,0.1,1\na,b,\xff\n"open,1,0.3,1\n\0,,,\n')
+    assert last_values(run) == last_values(sweep / "seed-0_recipe-v") and summarize(sweep)["jobs"] == before["jobs"]
+    (run / "overrides.txt").write_bytes(b"\xff\n")
+    assert len(summarize(sweep)["jobs"]) == 4
+    (run / "overrides.txt").unlink()
+    assert "as it is" in {row["told"] for row in summarize(sweep)["jobs"]}
+
+
+@pytest.mark.parametrize("text", [
+    "", "[1]", "\xff", "seed: 1", "{seed: x, stages: [clip]}", "{seed: 1, stages: 3}", "{seed: 1, stages: []}",
+    "{seed: 1, stages: [sleep]}", "{seed: 1, stages: [[clip]]}", "{seed: 1, stages: [clip], optimized_metric: [a]}",
+    "opton\nseed: 1", "[" * 2000, "seed: 2001-02-30",
+])  # fmt: skip
+def test_a_job_s_config_of_anything_is_told(sweep, text):
+    (sweep / "seed-0_recipe-v" / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"seed-0_recipe-v/config\.yaml"):
+        summarize(sweep)

@@ -7,18 +7,19 @@ python -m ldm.sweep outputs/recipes diffusion/val_loss "diffusion/prompt_accurac
 import csv
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import inf, isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from hydra.experimental.callback import Callback
-
 from ldm.config import STAGES
 from ldm.errors import UserError
-from ldm.files import file_written_atomically, save_json
+from ldm.files import file_written_atomically, load_json, load_yaml, save_json
 from ldm.report.metrics import higher_is_better
+
+FAILED = "failed.json"  # in the directory of a sweep's job that failed: its error, and the command to run it alone
 
 
 class Row(NamedTuple):
@@ -32,11 +33,35 @@ class Row(NamedTuple):
 
 def last_values(run_dir: Path) -> dict[str, float]:
     """Return the last value of each metric in a run's metrics.csv; rows cut short by a crash are passed over."""
+    return {name: value for name, _, value in _rows(run_dir)}
+
+
+def last_step(run_dir: Path, stage: str) -> int:
+    """Return the last optimizer step that a stage has logged in a run's metrics.csv; 0 where there is none."""
+    return next((step for name, step, _ in reversed([*_rows(run_dir)]) if name.startswith(f"{stage}/")), 0)
+
+
+def _rows(run_dir: Path) -> Iterator[tuple[str, int, float]]:
+    """Give metric, step and value of each row of a run's metrics.csv that is whole."""
     path = run_dir / "metrics.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row[0]: float(row[2]) for row in csv.reader(file) if len(row) == 4 and row[0] != "metric"}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n")[1:]:
+        with suppress(ValueError, csv.Error, StopIteration):
+            name, step, value, _ = next(csv.reader([line]))
+            yield name, int(step), float(value)
+
+
+def failures(folder: Path) -> list[dict[str, Any]]:
+    """Return what is known of the jobs of a sweep that failed and have not been run again."""
+    return [load_json(path) for path in sorted(folder.glob(f"*/{FAILED}"))]
+
+
+def say_failures(failed: Sequence[Mapping[str, Any]]) -> None:
+    """Name the jobs that failed, why, and how to run each by itself."""
+    print(f"error: {len(failed)} of the jobs failed:", file=sys.stderr)
+    for failure in failed:
+        told = failure["error"].replace("\n", "\n    ")
+        print(f"  {failure['job']}\n    {told}\n    by itself: {failure['command']}", file=sys.stderr, flush=True)
 
 
 def ranked_by(config: Mapping[str, Any]) -> str:
@@ -57,11 +82,7 @@ def summarize(folder: Path, metrics: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: there are no jobs, or none has such a metric.
     """
-    import yaml
-
-    jobs = {
-        path.parent: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/config.yaml"))
-    }
+    jobs = {path.parent: _load_job(path) for path in sorted(folder.glob("*/config.yaml"))}
     if not jobs:
         raise UserError(f"{folder} holds no jobs of a sweep: python train.py -m … makes them")
     found = {run: last_values(run) for run in jobs}
@@ -69,11 +90,11 @@ def summarize(folder: Path, metrics: Sequence[str] = ()) -> dict[str, Any]:
     known = sorted({name for values in found.values() for name in values})
     if unknown := [name for name in columns if name not in known]:
         raise UserError(f"no job of {folder} has the metric {unknown[0]}; there are: {', '.join(known) or 'none yet'}")
-    overrides = {run: (run / "overrides.txt").read_text(encoding="utf-8").splitlines() for run in jobs}
+    overrides = {run: _overrides(run) for run in jobs}
     common = set.intersection(*map(set, overrides.values())) if len(jobs) > 1 else set()
     grouped: dict[str, list[Path]] = {}
     for run, items in overrides.items():
-        apart = [item for item in items if item not in common and not item.startswith("seed=")]
+        apart = [item for item in items if item not in common and not item.startswith(("seed=", "run_dir="))]
         grouped.setdefault(" ".join(apart) or "as it is", []).append(run)
     rows = []
     for told, runs in grouped.items():
@@ -83,12 +104,32 @@ def summarize(folder: Path, metrics: Sequence[str] = ()) -> dict[str, Any]:
         rows.append(Row(told, [run.name for run in runs], seeds, {k: v for k, v in measured.items() if v}))
     rank, sign = columns[0], -1 if higher_is_better(columns[0]) else 1
     rows.sort(key=lambda row: sign * mean(row.values[rank]) if rank in row.values else inf)
-    result = {"metric": rank, "jobs": [row._asdict() for row in rows]}
+    failed = failures(folder)
+    result = {"metric": rank, "jobs": [row._asdict() for row in rows], "failed": failed}
     with file_written_atomically(folder / "sweep.md") as file:
-        file.write(table(rows, columns).encode())
+        file.write((table(rows, columns) + _failures_told(failed)).encode())
     _plot(rows, rank, folder / "sweep.png")
     save_json(folder / "sweep.json", result)
     return result
+
+
+def _load_job(path: Path) -> dict[str, Any]:
+    """Read what is to be known of a job from its config.
+
+    Raises:
+        UserError: it is none.
+    """
+    config = load_yaml(path)
+    stages, metric = config.get("stages"), config.get("optimized_metric")
+    named = isinstance(stages, list) and stages and all(stage in STAGES for stage in stages)
+    if not named or not isinstance(metric, str | None) or not isinstance(config.get("seed"), int):
+        raise UserError(f"{path} is no config of a run (seed, stages, optimized_metric): move its folder away")
+    return config
+
+
+def _overrides(run_dir: Path) -> list[str]:
+    path = run_dir / "overrides.txt"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -103,6 +144,13 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
             ]
         )
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _failures_told(failed: Sequence[Mapping[str, Any]]) -> str:
+    if not failed:
+        return ""
+    lines = [f"- `{each['job']}`: {each['error'].splitlines()[0]}; `{each['command']}`\n" for each in failed]
+    return "\nFailed:\n\n" + "".join(lines)
 
 
 def _figure(values: Sequence[float]) -> str:
@@ -150,16 +198,6 @@ def say_summary(folder: Path, metrics: Sequence[str] = ()) -> None:
     print(f"ranked by {result['metric']}: {folder / 'sweep.md'}, {folder / 'sweep.png'}")
     if (best / "model" / "model_index.json").exists():
         print(f'draw with the best: python sample.py ckpt={best} prompt="…"')
-
-
-class Summary(Callback):
-    """Hydra's callback: sum up a sweep when its last job has ended."""
-
-    def on_multirun_end(self, config: Any, **_: Any) -> None:
-        try:
-            say_summary(Path(config.run_dir))
-        except UserError as error:  # jobs that measure nothing
-            print(f"no summary: {error}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from ldm.config import load_run_config
 from ldm.errors import UserError
 from ldm.sweep import last_values
 from ldm.training import fit, stages
-from ldm.training.stages import is_done, result_folder, stage_key, sweep_name
+from ldm.training.jobs import sweep_name
+from ldm.training.stages import is_done, result_folder, stage_key
 from runs import ROOT, TINY, run_script, tiny_config
 
 STAGES = ("autoencoder", "clip", "diffusion")
@@ -433,3 +434,12 @@ def test_that_all_is_up_to_date_is_found_without_torch(finished):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert all("up to date" in line for line in lines[:3]) and lines[3] == "[]"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000, '{"key": ["x"]}', "\0"])
+def test_a_result_that_says_anything_is_none(tmp_path, content):
+    config = tiny_config(tmp_path)
+    folder = result_folder(config, "clip")
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text(content)
+    assert not is_done(config, "clip")

@@ -6,64 +6,32 @@ that runs and sweeps share them; the run directory's `model/` holds copies, the 
 Nothing here imports torch: finding that everything is up to date takes no time.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ldm.cli import nearest
-from ldm.config import STAGES, ShapesData, Stage, TrainConfig, check
+from ldm.config import STAGES, ShapesData, Stage, TrainConfig
 from ldm.data.shapes import VERSION as SHAPES_VERSION
 from ldm.errors import UserError
-from ldm.ranks import main_process, say
-from ldm.sweep import last_values, ranked_by
+from ldm.files import file_written_atomically, load_json, remove_unfinished, save_json
+from ldm.progress import progress
+from ldm.ranks import busy, main_process, say
+from ldm.redact import redacted
+from ldm.sweep import last_step, last_values, ranked_by
+from ldm.training.locks import held, said_by_holder, turn
 
 RESULT = "stage.json"  # beside a stage's result: the config that it was trained with
-
-
-def run_from_hydra(composed: Any) -> float | None:
-    """Check a composed config and run it; jobs of a sweep each get a directory named by their overrides.
-
-    Returns:
-        The last value of `optimized_metric`, for Hydra's sweepers; None where there was no validation yet.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf
-
-    hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    if hydra.mode == RunMode.MULTIRUN:
-        composed.run_dir = str(Path(composed.run_dir) / sweep_name(overrides))
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
-    return run(check(TrainConfig, values), overrides)  # type: ignore[arg-type]
-
-
-def sweep_name(overrides: Sequence[str]) -> str:
-    """Name a job's directory by what sets it apart: free of `=`, which `ckpt=` could not take; long ones by a hash.
-
-    >>> sweep_name(["experiment=shapes", "optim.lr=1e-3", "stages=[diffusion]"])
-    'optim.lr-1e-3'
-    """
-    told = [
-        item
-        for item in overrides
-        if item.partition("=")[0] not in ("experiment", "name", "output_dir", "stages", "sweep")
-    ]
-    name = re.sub(r"[^\w.,+-]+", "-", "_".join(told)).strip("-") or "job"
-    return name if len(name.encode()) <= 200 else f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+STOP_FILE = "LDM_SWEEP"  # in the environment of a sweep's jobs: the file that tells them to stop
 
 
 def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
@@ -85,11 +53,10 @@ def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
         with held(run_dir):
             build_cache(config)
         return None
-    missing = [stage for stage in STAGES if stage in config.stages and not is_done(config, stage)]
-    if "diffusion" in missing:
+    if "diffusion" in missing_stages(config):
         check_stages(config)
-    with held(run_dir):
-        if missing:
+    with held(run_dir, wait=STOP_FILE in os.environ):
+        if missing := missing_stages(config):
             from ldm.training.fit import check_at_the_door
 
             check_at_the_door(config, missing)
@@ -97,7 +64,7 @@ def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
             _run_stage(stage, config, run_dir, overrides)
         _report(run_dir, trained=bool(missing))
         if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()  # the next job of a sweep is a run of its own
+            sys.modules["wandb"].finish()
     return optimized(config, run_dir)
 
 
@@ -116,22 +83,69 @@ def optimized(config: TrainConfig, run_dir: Path) -> float | None:
     return values.get(metric)
 
 
+def missing_stages(config: TrainConfig) -> list[Stage]:
+    return [stage for stage in STAGES if stage in config.stages and not is_done(config, stage)]
+
+
 def _run_stage(stage: Stage, config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> None:
     place = result_folder(config, stage)
-    if stage in config.stages and not is_done(config, stage):
-        from ldm.training import fit
-
-        def begin() -> None:
-            _write_run_files(run_dir, config, overrides)
-            say(f"{stage:12} training, {stage_steps(config, stage)} steps")
-
-        started = time.monotonic()
-        fit.FIT[stage](config, place, begin)
-        say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
-    elif stage in config.stages:
+    if stage in config.stages and is_done(config, stage):
         say(f"{stage:12} up to date: {place}")
+    elif stage in config.stages:
+        with _in_turn(config, stage):
+            if is_done(config, stage):
+                say(f"{stage:12} done by another run: {place}")
+            else:
+                _fit_stage(stage, config, run_dir, overrides)
     if stage != "diffusion" and is_done(config, stage) and main_process():
         _link_result(place, run_dir / "model", PARTS[stage])
+
+
+def _fit_stage(stage: Stage, config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> None:
+    from ldm.training import fit
+
+    def begin() -> None:
+        _write_run_files(run_dir, config, overrides)
+        say(f"{stage:12} training, {stage_steps(config, stage)} steps")
+
+    place, started = result_folder(config, stage), time.monotonic()
+    if main_process():  # which alone writes, and holds both places
+        remove_unfinished([*run_dir.rglob(".*"), *place.parent.glob(f".{place.name}.*")])
+    fit.FIT[stage](config, place, begin)
+    say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
+
+
+@contextmanager
+def _in_turn(config: TrainConfig, stage: Stage) -> Iterator[None]:
+    """Let one run at a time work on a result that runs share: the others wait, and take over where it is given up."""
+    if stage == "diffusion":  # the run's own
+        yield
+        return
+    place, mine = result_folder(config, stage), str(Path(config.run_dir).absolute())
+    lock = place.with_name(f".{place.name}.lock")
+
+    @contextmanager
+    def waiting(holder: str) -> Iterator[Callable[[str], None]]:
+        seen = 0
+        say(f"{stage:12} waiting for {', '.join(holder.splitlines()) or 'another run'}, which trains it")
+
+        def look(holder: str) -> None:
+            nonlocal seen
+            if (step := last_step(Path(holder.partition("\n")[0]), stage)) > seen:
+                advance(step - seen)
+                seen = step
+
+        with progress(f"{stage} of another run", stage_steps(config, stage), "steps") as advance, busy("waiting"):
+            yield look
+
+    if main_process():
+        with turn(lock, mine, waiting):
+            yield
+        return
+    with busy("waiting"):  # for the first rank to have its turn
+        while not is_done(config, stage) and said_by_holder(lock).partition("\n")[0] != mine:
+            time.sleep(0.1)
+    yield
 
 
 def _report(run_dir: Path, trained: bool) -> None:
@@ -160,9 +174,9 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
 
     How data are fed (workers, cache) and where it runs (devices, logging) are left out: they decide nothing. So is
     `trainer.precision` for the VAE and CLIP, which runs on different machines are to share, and what only the U-Net
-    sees (buckets, cached views).
+    sees (buckets, cached views). Of secrets of the environment they have the names.
     """
-    values = config.model_dump(mode="json")
+    values = redacted(config.model_dump(mode="json"))
     feeding = {"batch_size", "num_workers", "cache", "cache_on_device", "max_bad"}
     if stage != "diffusion":
         feeding |= {"buckets", "variants", "cache_dtype"}
@@ -186,8 +200,8 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         "accumulate_grad_batches": trainer["accumulate_grad_batches"],
         "precision": trainer["precision"],
         "max_steps": trainer["max_steps"],
-        "vae": config.frozen_vae or stage_key(config, "autoencoder"),
-        "text_encoder": config.text_encoder.pretrained or stage_key(config, "clip"),
+        "vae": redacted(config.frozen_vae) or stage_key(config, "autoencoder"),
+        "text_encoder": values["text_encoder"]["pretrained"] or stage_key(config, "clip"),
         "unet": {key: value for key, value in values["unet"].items() if key != "gradient_checkpointing"},
         "diffusion": values["diffusion"],
         "optim": values["optim"],
@@ -210,10 +224,10 @@ def result_folder(config: TrainConfig, stage: Stage) -> Path:
 def is_done(config: TrainConfig, stage: Stage) -> bool:
     """Tell whether a stage's result exists for these inputs."""
     try:
-        found = json.loads((result_folder(config, stage) / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = load_json(result_folder(config, stage) / RESULT)
+    except UserError:  # not there, or cut short
         return False
-    return isinstance(found, dict) and found.get("key") == stage_key(config, stage)
+    return found.get("key") == stage_key(config, stage)
 
 
 def check_stages(config: TrainConfig) -> None:
@@ -245,15 +259,13 @@ def require_result(config: TrainConfig, stage: Stage) -> Path:
 
 def recorded_pictures(folder: Path) -> str | None:
     """Return the hash of the set that a result was trained on; None where it is not known."""
-    return json.loads((folder / RESULT).read_text(encoding="utf-8")).get("pictures")
+    return load_json(folder / RESULT).get("pictures")
 
 
 def record_result(config: TrainConfig, stage: Stage, folder: Path, pictures: str) -> None:
     """Write down what a finished result was made from; the result exists from now on."""
     content = {"key": stage_key(config, stage), "pictures": pictures, "inputs": stage_inputs(config, stage)}
-    temporary = folder / f".{RESULT}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RESULT)
+    save_json(folder / RESULT, content)
 
 
 def _link_result(result: Path, model: Path, part: str) -> None:
@@ -288,50 +300,10 @@ def _write_run_files(run_dir: Path, config: TrainConfig, overrides: Sequence[str
         "ldm": version("ldm"), "torch": version("torch"), "pytorch-lightning": version("pytorch-lightning"),
         "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv[0],
     }  # fmt: skip
-    (run_dir / "config.yaml").write_text(
-        yaml.safe_dump(node(config), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    (run_dir / "overrides.txt").write_text("".join(f"{item}\n" for item in overrides), encoding="utf-8")
-    (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory against other runs for as long as this process lives.
-
-    A directory that was not there before and that a user error leaves without anything trained is removed again.
-
-    Raises:
-        UserError: another run holds it (says who), or it cannot be written.
-    """
-    if not main_process():  # launched by the process that holds it
-        yield
-        return
-    try:
-        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the run directory {run_dir} cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"{run_dir} is in use by {holder}; wait for it, stop it, or give this run its own name=…"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
-        try:
-            yield
-        except UserError:
-            worth_keeping = (run_dir / name for name in ("checkpoints", "quarantine.txt"))
-            if run_dir in made and not any(path.exists() for path in worth_keeping):
-                shutil.rmtree(run_dir)
-                for folder in made[1:]:
-                    with suppress(OSError):  # something else lies in it by now
-                        folder.rmdir()
-            raise
+    for name, text in (
+        ("config.yaml", yaml.safe_dump(redacted(node(config)), sort_keys=False, allow_unicode=True)),
+        ("overrides.txt", "".join(f"{item}\n" for item in overrides)),
+        ("env.json", json.dumps(redacted(environment), indent=2) + "\n"),
+    ):
+        with file_written_atomically(run_dir / name) as file:
+            file.write(text.encode())
