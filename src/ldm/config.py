@@ -26,7 +26,7 @@ from pydantic import NonNegativeInt as Count0
 
 from ldm.cli import CONF_DIR, nearest
 from ldm.errors import UserError
-from ldm.files import WEIGHT_SUFFIXES
+from ldm.files import WEIGHT_SUFFIXES, load_yaml
 
 Stage = Literal["autoencoder", "clip", "diffusion"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -440,14 +440,16 @@ class Diffusion(Section):
 class Trainer(Section):
     accelerator: Literal["cpu", "gpu", "auto"]
     devices: PositiveInt | Literal["auto"]
-    num_nodes: PositiveInt
+    num_nodes: PositiveInt | Literal["auto"]
     strategy: str
     precision: Precision
+    compile: bool
     max_steps: PositiveInt
     accumulate_grad_batches: PositiveInt
     val_every: PositiveInt
     val_batches: PositiveInt
     checkpoint_every: PositiveInt
+    timeout_minutes: PositiveFloat
     max_skipped: Count0
     overfit_batches: Count0
 
@@ -565,6 +567,11 @@ class TrainConfig(Section):
         for name in ("autoencoder.optim", "clip.optim"):
             if blocks[name].averages:
                 raise ValueError(f"{name}._target_={blocks[name].target} is for the U-Net alone: take adamw")
+        if self.trainer.strategy == "fsdp" and not self.optim.target.startswith("torch.optim."):
+            raise ValueError(
+                f"trainer.strategy=fsdp cuts up what torch's own optimizers keep, not {self.optim.target}: "
+                "take optim=adamw"
+            )
         if self.optim.averages and (self.diffusion.ema_decay or self.diffusion.posthoc_ema):
             raise ValueError(
                 "a schedule-free optimizer averages the weights by itself: set diffusion.ema_decay=0 and "
@@ -631,7 +638,7 @@ class TrainConfig(Section):
                     "the gradients that autoencoder.discriminator compares are too small for fp16: set "
                     "autoencoder.precision=bf16-mixed or 32-true"
                 )
-            if resolution // 2**stage.discriminator.num_layers < 3:
+            if resolution >> stage.discriminator.num_layers < 3:  # at any number of them
                 raise ValueError(
                     f"autoencoder.discriminator.num_layers={stage.discriminator.num_layers} leaves nothing of "
                     f"data.resolution={resolution}: take fewer layers"
@@ -737,9 +744,6 @@ class SampleConfig(MixedModel):
     def _one_source(self) -> Self:
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give either prompt='what to draw' or prompt_file=prompts.txt (one prompt a line)")
-        for text in (self.prompt or "", self.negative_prompt):
-            if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError(f"the prompt {text!r} is not valid UTF-8")  # how Python passes stray bytes on
         if isinstance(self.seed, list) and self.num_images != 1:
             raise ValueError(f"seed={self.seed} draws a picture for each seed: leave num_images out")
         if self.init_image is None:
@@ -812,6 +816,9 @@ def check(schema: type[S], config: Mapping[str, Any]) -> S:
         UserError: an unknown key (with the nearest real one), a wrong type, a value out of range, or a combination
             that cannot work; every fault on a line of its own.
     """
+    for key, text in _texts(config):
+        if re.search("[\ud800-\udfff]", key + text):  # how Python passes stray bytes on
+            raise UserError(f"{key.encode(errors='backslashreplace').decode()}: {text!r} is not valid UTF-8")
     try:
         return schema.model_validate(config)
     except ValidationError as error:
@@ -822,6 +829,18 @@ def check(schema: type[S], config: Mapping[str, Any]) -> S:
         raise UserError("\n  ".join(["the config has faults:", *lines]) if len(lines) > 1 else lines[0]) from None
 
 
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Give each text of a config with its dotted key."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _texts(value, key)
+    else:
+        yield key, values if isinstance(values, str) else ""
+
+
 def load_run_config(run_dir: Path) -> TrainConfig | None:
     """Read the config that a run directory was trained with; None where there is none. It is data: nothing is run.
 
@@ -830,18 +849,14 @@ def load_run_config(run_dir: Path) -> TrainConfig | None:
     Raises:
         UserError: the file is damaged, or of another version.
     """
-    import yaml
-
     path = run_dir / "config.yaml"
     if not path.is_file():
         return None
+    values = load_yaml(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path} holds no config")
-    return check(TrainConfig, _with_younger_keys(values))
+        return check(TrainConfig, _with_younger_keys(values))
+    except UserError as error:
+        raise UserError(f"{path}, which another release of ldm or a person wrote: {error}") from None
 
 
 def _with_younger_keys(values: Mapping[str, Any]) -> dict[str, Any]:

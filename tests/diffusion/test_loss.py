@@ -231,16 +231,6 @@ def test_the_draws_are_those_of_every_run_before():
     assert torch.equal(timesteps(4, 1000, torch.Generator().manual_seed(0)), torch.tensor([14, 268, 792, 514]))
 
 
-@pytest.mark.parametrize(("batch", "world_size"), [(1, 2), (3, 4), (8, 2)])
-def test_ranks_share_the_bins_of_all_their_batches(batch, world_size):
-    times = [
-        draw_times(batch, torch.Generator().manual_seed(rank), rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    bins = [(each * batch * world_size).long().sort().values.tolist() for each in times]
-    assert bins == [list(range(rank, batch * world_size, world_size)) for rank in range(world_size)]
-
-
 def test_times_that_are_not_stratified_are_independent():
     g = torch.Generator().manual_seed(0)
     times = torch.stack([draw_times(4, g, stratified=False) for _ in range(2000)])

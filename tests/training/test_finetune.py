@@ -1,6 +1,8 @@
 """Going on from a trained U-Net."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from ldm.config import TrainConfig
 from ldm.errors import UserError
 from ldm.training import fit, stages
 from ldm.training.finetune import check_prediction, train_only, widen
+from ldm.training.networks import load_conditioner
 from ldm.training.optim import parameter_groups
 from ldm.weights.folder import load_weights
 from ldm.weights.model import load_model, save_single_file
@@ -144,3 +147,11 @@ def test_a_wider_unet_predicts_as_before():
     assert unet.config["in_channels"] == 9 and unet.sees_mask and unet.conv_in.weight.requires_grad
     unet(torch.cat([x_t, more], 1), t, context).sum().backward()
     assert unet.conv_in.weight.grad[:, 4:].abs().sum() > 0  # the new weights learn
+
+
+def test_a_pretrained_text_encoder_with_another_s_tokenizer_is_told(tmp_path):
+    folder = tiny.write_model_folder(tmp_path / "mismatched")
+    tiny.train_tokenizer([f"word{chr(97 + i)}" * 3 for i in range(26)], 700, 12).save_pretrained(folder / "tokenizer")
+    config: Any = SimpleNamespace(text_encoder=SimpleNamespace(pretrained=str(folder)))
+    with pytest.raises(UserError, match=r"text_encoder\.pretrained=.*mismatched: the tokenizer has \d+ tokens"):
+        load_conditioner(config)

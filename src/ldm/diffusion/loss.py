@@ -134,20 +134,16 @@ def loss_weight(
 # ----------------------------------------------------------------------------------------------- times and noise
 
 
-def draw_times(
-    batch: int, generator: torch.Generator, stratified: bool = True, rank: int = 0, world_size: int = 1
-) -> Tensor:
-    """Draw times uniform on [0, 1]; stratified, they are spread evenly over the batches of all ranks together.
+def draw_times(batch: int, generator: torch.Generator, stratified: bool = True) -> Tensor:
+    """Draw times uniform on [0, 1]; stratified, they are spread evenly over the batch.
 
-    Stratified there is one in each of B·R equal bins, in random order; rank r draws from bins r, r + R, r + 2R, …
-    The expected loss over all ranks stays; its variance falls (arXiv:2107.00630 App. I.1, with random order in place
-    of one shared offset).
+    Stratified there is one in each of B equal bins, in random order. The expected loss stays; its variance falls
+    (arXiv:2107.00630 App. I.1, with random order in place of one shared offset).
 
     Args:
-        batch: B, of each rank.
+        batch: B.
         generator: source of the draws; the result lies on its device.
         stratified: whether to.
-        rank, world_size: r and R. With R > 1 each rank has its own draws, and its own bins.
 
     Returns:
         (B,) float64 in [0, 1].
@@ -159,9 +155,9 @@ def draw_times(
     device = generator.device
     if not stratified:
         return torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
-    bins = torch.randperm(batch, generator=generator, device=device) * world_size + rank
+    bins = torch.randperm(batch, generator=generator, device=device)
     within = torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
-    return (bins + within) / (batch * world_size)
+    return (bins + within) / batch
 
 
 def logit_normal(time: Tensor, mean: float, std: float) -> Tensor:

@@ -19,8 +19,9 @@ from ldm.diffusion.schedule import FlowSchedule, NoiseSchedule
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.nn.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.training.flops import count_flops, on_meta, twin
 from ldm.training.masks import latent_masks, random_masks, seeing
-from ldm.training.module import StageModule, step_generator
+from ldm.training.module import StageModule, randn, step_generator
 
 NUM_BANDS = 4
 # Of the frozen VAE and text encoder, by the precision of training: Stable Diffusion's VAE overflows in fp16.
@@ -79,7 +80,8 @@ class DiffusionModule(StageModule):
         generator = self.generator(batch_idx)
         x_0, context = self.encode(batch, generator)
         unet = seeing(self.network, self.masked(batch, generator))
-        drop = torch.rand(len(x_0), generator=generator, device=self.device) < self.config.caption_dropout
+        drop = self.rows(lambda n: torch.rand(n, generator=generator, device=self.device), len(x_0))
+        drop = drop < self.config.caption_dropout
         context = drop_captions(context, self.null_context, drop)  # type: ignore[arg-type]
         loss = self.loss(unet, x_0, context, generator)
         self.log_losses({"loss": loss}, len(x_0))
@@ -102,7 +104,8 @@ class DiffusionModule(StageModule):
             return None
         vae, image = self.frozen[0], batch["image"]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            masks = random_masks(len(image), image.shape[2], image.shape[3], generator)
+            share = self.share if self.training else (0, 1)
+            masks = random_masks(len(image), image.shape[2], image.shape[3], generator, share)
             latents = self._latents(self._moments(image * (1 - masks)), generator)
             return torch.cat([latent_masks(masks, vae.downscale_factor), latents], dim=1)
 
@@ -112,23 +115,28 @@ class DiffusionModule(StageModule):
 
     def _latents(self, moments: Tensor, generator: torch.Generator) -> Tensor:
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        noise = torch.randn(shape, generator=generator, device=generator.device)
+        noise = self.rows(lambda n: randn(n, shape, generator), len(moments))
         latents: Tensor = self.frozen[0].latents(moments, noise)
         return latents
 
     def loss(self, unet: Any, x_0: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean weighted loss at freshly drawn timesteps and noise."""
-        config, world_size = self.config, self.trainer.world_size
-        # Ranks take turns, so that none of them sees one part of the bins only.
-        turn = (self.global_rank + self.global_step) % world_size
-        times = draw_times(len(x_0), generator, config.stratified, turn, world_size)
+        config, batch = self.config, len(x_0)
+        times = self.rows(lambda n: draw_times(n, generator, config.stratified), batch)  # spread over all ranks
         if config.timesteps == "logit_normal":
             times = logit_normal(times, config.timesteps_mean, config.timesteps_std)
         t = self.schedule.timesteps(times)
-        noise = torch.randn(x_0.shape, generator=generator, device=generator.device)
-        if config.offset_noise:
-            noise = offset_noise(noise, config.offset_noise, generator)
-        input_noise = perturbed(noise, config.input_perturbation, generator) if config.input_perturbation else None
+
+        def draw(num: int) -> Tensor:
+            noise = randn(num, x_0.shape, generator)
+            if config.offset_noise:
+                noise = offset_noise(noise, config.offset_noise, generator)
+            if not config.input_perturbation:
+                return noise[:, None]
+            return torch.stack([noise, perturbed(noise, config.input_perturbation, generator)], dim=1)
+
+        noise, *others = self.rows(draw, batch).unbind(1)
+        input_noise = others[0] if others else None
         huber_c = config.huber_c if config.loss == "huber" else None
         losses = self._losses(unet, x_0, context, t, noise, input_noise, huber_c)
         if config.weighting != "uniform":
@@ -186,6 +194,24 @@ class DiffusionModule(StageModule):
             for band in count.nonzero().flatten().tolist():
                 key = f"{self.stage}/val_{name}/t{ends[band]}-{ends[band + 1]}"
                 self.log(key, total[band] / count[band], sync_dist=True)
+
+    def flops_per_image(self, batch: Mapping[str, Any]) -> int:
+        vae, conditioner = self.frozen
+        unet: Any = twin(self.network)
+        null_context: Any = self.null_context  # (L, D)
+        height, width = batch["moments"].shape[2:] if "moments" in batch else vae.latent_size(on_meta(batch["image"]))
+        x_t = torch.empty(1, unet.config["in_channels"], height, width, device="meta")
+        context = torch.empty(1, *null_context.shape, device="meta")
+        t = torch.empty(1, dtype=torch.int64, device="meta")
+        flops = count_flops(lambda: unet(x_t, t, context))
+        with torch.no_grad():
+            if "moments" not in batch:
+                encodings = 2 if self.evaluated.sees_mask else 1  # of the masked picture as well
+                flops += encodings * count_flops(lambda: twin(vae).encode(on_meta(batch["image"])))
+            if "context" not in batch:
+                ids = torch.empty(1, len(null_context), dtype=torch.int64, device="meta")
+                flops += count_flops(lambda: twin(conditioner.text_tower)(ids)[0])
+        return flops
 
     def pipeline(self, unet: UNet) -> LatentDiffusionPipeline:
         """Return what draws with `unet`, the average or the weights in training, as `sample.py` will."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.training.sharding import local
 from ldm.weights.posthoc import exponent
 
 
@@ -37,7 +38,8 @@ class Average(nn.Module):
         self.count += 1
         self.num_updates.fill_(self.count)
         weight = 1 - self.decay_at(self.count)
-        torch._foreach_lerp_(list(self.average.parameters()), list(network.parameters()), weight)
+        averages, weights = (local(list(each.parameters())) for each in (self.average, network))
+        torch._foreach_lerp_(averages, weights, weight)
         for average, buffer in zip(self.average.buffers(), network.buffers(), strict=True):
             average.copy_(buffer)
 

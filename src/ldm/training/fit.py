@@ -13,15 +13,24 @@ from torch import nn
 
 from ldm.conditioner import train_tokenizer
 from ldm.config import Stage, TrainConfig
-from ldm.data.datamodule import DataModule
+from ldm.data.datamodule import DataModule, explaining_lost_worker
 from ldm.errors import UserError
 from ldm.evaluation.features import ClipFeatures, InceptionFeatures
 from ldm.files import written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
-from ldm.ranks import say, say_once
+from ldm.plugins import build
+from ldm.ranks import meet, part, say, say_once
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
-from ldm.training.checkpointing import AtomicCheckpointIO, check_room, last_checkpoint_callback, newest_whole
+from ldm.training.checkpointing import (
+    PREVIOUS,
+    VERSION,
+    AtomicCheckpointIO,
+    SaveCheckpoint,
+    check_room,
+    newest_whole,
+)
 from ldm.training.clip import ClipModule
+from ldm.training.compiling import compile_blocks
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.failures import explaining_want_of_memory
 from ldm.training.feed import (
@@ -33,12 +42,15 @@ from ldm.training.feed import (
     say_what_is_cut,
     warn_of_other_pictures,
 )
-from ldm.training.loggers import MetricsCSV
+from ldm.training.launching import build_strategy, placed
+from ldm.training.loggers import drop_rows
 from ldm.training.measuring import Measure
 from ldm.training.module import StageModule
 from ldm.training.networks import build_clip, build_schedule, build_unet, build_vae, check_networks, load_frozen
 from ldm.training.optim import build_optimizer
+from ldm.training.peers import Watch
 from ldm.training.posthoc import SaveAverages
+from ldm.training.sharding import FSDP
 from ldm.training.stages import (
     PARTS,
     is_done,
@@ -59,6 +71,7 @@ def check_at_the_door(config: TrainConfig, stages: Sequence[Stage]) -> None:
     Raises:
         UserError: networks or optimizers cannot be built; a checkpoint in the run directory is another config's.
     """
+    placed(config.trainer)
     check_networks(config, stages)
     if "diffusion" in stages:
         asked, cpu = config.evaluation, torch.device("cpu")
@@ -99,7 +112,8 @@ def fit_autoencoder(config: TrainConfig, place: Path, begin: Begin) -> None:
         with written_atomically(place) as folder:
             save_network(vae, folder / "vae")
             record_result(config, "autoencoder", folder, feed.content)
-    trainer.strategy.barrier()
+    meet()
+    part()
 
 
 def first_vae(config: TrainConfig) -> AutoencoderKL:
@@ -120,8 +134,8 @@ def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> None:
     """Train the vocabulary and both towers; write `clip/`, `text_encoder/` and `tokenizer/` into `place`."""
     train, val = open_pictures(config)
     captions = (text for texts in train.captions for text in texts)
-    part = config.text_encoder
-    tokenizer = train_tokenizer(captions, part.vocab_size or 49408, part.max_length or 77)
+    told = config.text_encoder
+    tokenizer = train_tokenizer(captions, told.vocab_size or 49408, told.max_length or 77)
     clip = build_clip(config, tokenizer)
     max_length = clip.config["text_config"]["max_position_embeddings"]
     module = ClipModule(clip, tokenizer, max_length, config.clip, config.seed)
@@ -133,7 +147,8 @@ def fit_clip(config: TrainConfig, place: Path, begin: Begin) -> None:
             save_network(clip.text_model, folder / "text_encoder")
             tokenizer.save_pretrained(folder / "tokenizer")
             record_result(config, "clip", folder, feed.content)
-    trainer.strategy.barrier()
+    meet()
+    part()
 
 
 def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> None:
@@ -162,16 +177,18 @@ def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> None:
     feed = make_datamodule(config, *datasets, config.data.batch_size, train)
     warn_of_other_pictures(config, feed.content)
     _fit(config, module, feed, begin, trainer)
+    unet = module.whole(module.evaluated)
     if trainer.is_global_zero:
         if config.frozen_vae:
             save_network(vae, place / "vae")
         if config.text_encoder.pretrained:
             save_network(conditioner.text_tower, place / "text_encoder")
             conditioner.tokenizer.save_pretrained(place / "tokenizer")
-        save_network(module.evaluated, place / PARTS["diffusion"])
+        save_network(unet, place / PARTS["diffusion"])
         save_pipeline_index(place, schedule, config.diffusion.prediction_type, config.sampling.model_dump())
         record_result(config, "diffusion", place, feed.content)
-    trainer.strategy.barrier()
+    meet()
+    part()
 
 
 FIT: Mapping[Stage, Callable[[TrainConfig, Path, Begin], None]] = {
@@ -190,31 +207,31 @@ def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callb
     Raises:
         UserError: there is no such device, strategy, logger or callback.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
     # Lightning announces devices and tips at every start; what matters here is said by ourselves.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
     for name in ("accelerators.cuda", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*")
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")  # the EMA
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*`ModelCheckpoint.*`")
+    # A run that was moved, or whose checkpoints come more often now: nothing is taken from the callback's own state.
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed from .*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.nn.functional.all_gather is deprecated.*")
     warnings.filterwarnings("ignore", message=".*There is a wandb run already in progress.*")  # the stage before
     options = config.trainer
+    devices, num_nodes = placed(options)
     # Like `optim`, `max_steps` and `data.batch_size`, accumulation is said for the diffusion stage.
     accumulate = options.accumulate_grad_batches if module.stage == "diffusion" else 1
     path = checkpoint_path(config, module.stage)
-    checkpoints = last_checkpoint_callback(path.parent, options.checkpoint_every)
     try:
         return pl.Trainer(
             accelerator=options.accelerator,
-            devices=options.devices,
-            num_nodes=options.num_nodes,
-            strategy=options.strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=build_strategy(options, module.stage),
             precision=_precision(config, module.stage),
             max_steps=module.max_steps,
             max_epochs=-1,
@@ -225,11 +242,12 @@ def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callb
             limit_val_batches=options.val_batches,
             num_sanity_val_steps=0,
             log_every_n_steps=min(50, module.max_steps),
-            logger=[instantiate(node.node()) for node in config.logger.values()],
+            logger=[build(node.node()) for node in config.logger.values()],
             callbacks=[
-                checkpoints,
+                Watch(60 * options.timeout_minutes),
+                SaveCheckpoint(path, options.checkpoint_every),
+                *(build(node.node()) for node in config.callbacks.values()),
                 *callbacks,
-                *(instantiate(node.node()) for node in config.callbacks.values()),
                 StopOnSignal(path),  # after all that a step brings with it
             ],
             plugins=[AtomicCheckpointIO()],
@@ -239,12 +257,6 @@ def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callb
         )
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, ImportError | TypeError):  # no such class, or not with these arguments
-            raise UserError(str(error.__cause__ if isinstance(error.__cause__, ImportError) else error)) from error
-        raise
 
 
 def _precision(config: TrainConfig, stage: str) -> Any:
@@ -268,23 +280,29 @@ def _fit(
     trainer = trainer or build_trainer(config, module)
     module.identity = {**_identity(config, module.stage), "pictures": datamodule.content}
     module.max_skipped = config.trainer.max_skipped
-    if any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
+    if not isinstance(trainer.strategy, FSDP) and any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
         module.to(memory_format=torch.channels_last)
+    if config.trainer.compile:
+        compile_blocks(module.network, many_shapes=module.stage == "diffusion" and config.data.buckets)
     path = checkpoint_path(config, module.stage)
-    resumed, step = _resume_from(config, module.stage, datamodule.content) or (None, 0)
+    module.batch = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    resumed, step = _resume_from(config, module.stage, datamodule.content, module.batch) or (None, 0)
     check_room(path.parent, module.checkpoint_size)
-    trainer.strategy.checkpoint_io.anew = resumed is None  # type: ignore[attr-defined]
+    io: Any = trainer.strategy.checkpoint_io
+    io.anew, io.damaged = resumed is None, resumed is not None and resumed.name == PREVIOUS
     begin()
     if resumed:
         say(f"  going on from step {step} ({resumed})")
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            logger.drop_from(module.stage, step)
+    drop_rows(trainer, f"{module.stage}/", step)
     try:
-        with explaining_want_of_memory(config, module.stage, str(_precision(config, module.stage))):
+        with (
+            explaining_lost_worker(datamodule.num_workers),
+            explaining_want_of_memory(config, module.stage, str(_precision(config, module.stage))),
+        ):
             trainer.fit(module, datamodule, ckpt_path=resumed and str(resumed), weights_only=True)
     except Stopped as stopped:
-        raise SystemExit(stopped.code if trainer.is_global_zero else 0) from None
+        part()
+        raise SystemExit(stopped.code) from None
     except SystemExit as ended:  # Lightning's answer to a signal before ours is listened for, as if all were well
         if isinstance(ended, SIGTERMException):
             raise SystemExit(143) from None
@@ -310,13 +328,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None) -> tuple[Path, int] | None:
+def _resume_from(
+    config: TrainConfig, stage: Stage, pictures: str | None = None, batch: int | None = None
+) -> tuple[Path, int] | None:
     """Return the checkpoint that a stage goes on from and its step; None where it begins anew.
 
     Args:
         config: the run's.
         stage: one of its stages.
         pictures: hash of the set, where it is known already.
+        batch: samples of an optimizer step on all ranks, where their number is known already. How that is shared out
+            between ranks and micro-batches may have changed.
 
     Raises:
         UserError: no checkpoint can be read, or it is another config's, of other pictures, or past the last step.
@@ -325,7 +347,7 @@ def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None)
         return None
     path, header, faults = found
     for fault in faults:
-        say_once(f"  {fault}")
+        say_once(f"  warning: {fault}")
     mend = "Give this run a name of its own (name=…), or start it anew over the old one (resume=never)"
     then, wanted = dict(header.identity), _identity(config, stage)
     if None not in (seen := then.pop("pictures", None), pictures) and seen != pictures:
@@ -334,9 +356,16 @@ def _resume_from(config: TrainConfig, stage: Stage, pictures: str | None = None)
             f"{mend}"
         )
     changed = [key for key in then.keys() | wanted.keys() if then.get(key) != wanted.get(key)]
+    if header.batch is not None and batch in (None, header.batch):
+        changed = [key for key in changed if key.rpartition(".")[2] not in ("batch_size", "accumulate_grad_batches")]
     if changed:
-        told = "; ".join(f"{key}: {then.get(key)} then, {wanted.get(key)} now" for key in sorted(changed)[:5])
-        raise UserError(f"{path} was trained with another config ({told}{'; …' if len(changed) > 5 else ''}). {mend}")
+        there = [(key, then.get(key, "not there"), wanted.get(key, "not there")) for key in sorted(changed)[:5]]
+        told = "; ".join(f"{key}: {before} then, {now} now" for key, before, now in there)
+        older = "It is of an earlier release of ldm, which can go on with it. " if header.version < VERSION else ""
+        more = "; …" if len(changed) > 5 else ""
+        raise UserError(f"{path} was trained with another config ({told}{more}). {older}{mend}")
     if header.step > (last := stage_steps(config, stage)):
         raise UserError(f"{path} is at step {header.step}, past the {last} that this run asks for. {mend}")
+    if None not in (batch, header.batch) and batch != header.batch:
+        say(f"  {batch} samples a step from here on, {header.batch} before: on other ranks. The learning rate stays")
     return path, header.step

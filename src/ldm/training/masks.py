@@ -11,19 +11,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ldm.training.module import rows
+
 ALL, NONE, RECTANGLES = 0.25, 0.05, 0.35
 """Shares of the masks; the rest are strokes. A quarter hide all, as Stable Diffusion's inpainting was trained."""
 
 NUM_RECTANGLES, NUM_SEGMENTS = 3, 10
 
 
-def random_masks(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+def random_masks(
+    batch: int, height: int, width: int, generator: torch.Generator, share: tuple[int, int] = (0, 1)
+) -> Tensor:
     """Draw masks: rectangles, free-form strokes (arXiv:1806.03589 §3.4), everything, or nothing.
 
     Args:
         batch: B.
         height, width: H and W.
         generator: source of all draws; the result lies on its device.
+        share: whose rows these are of all ranks' draws, see `rows`.
 
     Returns:
         (B, 1, H, W) float32, 1 where the picture is hidden and to be drawn, else 0.
@@ -31,7 +36,7 @@ def random_masks(batch: int, height: int, width: int, generator: torch.Generator
     device = generator.device
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(batch, *shape, generator=generator, device=device)
+        return rows(lambda num: torch.rand(num, *shape, generator=generator, device=device), batch, share)
 
     kind = uniform(1, 1)
     y = torch.arange(height, device=device)[:, None] + 0.5

@@ -12,7 +12,7 @@ from ldm.evaluation.asking import name
 from ldm.evaluation.evaluate import METRICS, check_subject
 from ldm.evaluation.plots import best
 from ldm.evaluation.subject import Setting, Subject
-from ldm.ranks import main_process
+from ldm.ranks import busy, main_process
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.module import in_eval_mode
 from ldm.training.stages import result_folder
@@ -62,22 +62,24 @@ class Measure(pl.Callback):
         if step == self._last_step or (step % self.every and step < trainer.max_steps):
             return
         self._last_step = step
+        networks = {each: pl_module.evaluated if each == "ema" else pl_module.network for each in self.weights}
+        wholes = {weights: pl_module.whole(network) for weights, network in networks.items()}
         if not trainer.is_global_zero:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             figures: dict[str, float] = {}
-            for weights in self.weights:
-                figures |= self._measured(pl_module, weights, step)
+            with busy("measuring"):
+                for weights, unet in wholes.items():
+                    figures |= self._measured(pl_module, unet, weights, step)
         except (UserError, OSError) as error:  # latents that are not finite, a full disk: training may be well
             print(f"  not measured after step {step}: {error}", flush=True)
             return
         for logger in trainer.loggers:
             logger.log_metrics(figures, step - 1)  # as Lightning counts
 
-    def _measured(self, module: DiffusionModule, weights: str, step: int) -> dict[str, float]:
+    def _measured(self, module: DiffusionModule, unet: Any, weights: str, step: int) -> dict[str, float]:
         suffix = "" if weights == "ema" else "_raw"
-        unet: Any = module.evaluated if weights == "ema" else module.network
         self.subject.draw_with(module.pipeline(unet), self.folder / f"step-{step:06d}{suffix}.json")
         figures: dict[str, float] = {}
         with in_eval_mode(unet):

@@ -3,13 +3,14 @@
 An optimizer step whose losses or gradients are not finite changes nothing: it ends the run or is left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm.config import Optim, PosthocEMA, Stage
 from ldm.errors import UserError
@@ -17,6 +18,7 @@ from ldm.training.checkpointing import VERSION
 from ldm.training.ema import EMA, PowerEMA, ScheduleFreeAverage
 from ldm.training.failures import SkippedStep, check_weights, describe, name_samples, not_finite
 from ldm.training.optim import build_optimizer
+from ldm.training.sharding import shard, whole
 
 T = TypeVar("T")
 
@@ -26,7 +28,7 @@ def step_generator(
 ) -> torch.Generator:
     """Return the source of a training step's draws, a function of its arguments alone.
 
-    A resumed run therefore draws what an uninterrupted one would, and ranks never share noise.
+    A resumed run therefore draws what an uninterrupted one would.
     """
     mixed = 0
     for number in (seed, step, micro_batch, rank):
@@ -36,6 +38,30 @@ def step_generator(
         mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         mixed ^= mixed >> 31
     return torch.Generator(device).manual_seed(mixed >> 1)
+
+
+def randn(num: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw `num` rows of the shape that (B, ...) has, from N(0, 1), where the generator is."""
+    return torch.randn(num, *shape[1:], generator=generator, device=generator.device)
+
+
+def rows(draw: Callable[[int], Tensor], batch: int, share: tuple[int, int]) -> Tensor:
+    """Return a rank's rows of what is drawn for the batches of all ranks together.
+
+    So that a batch of 8 is trained in the same way by one rank, as 4 on each of two, or as 2 on each of four.
+
+    Args:
+        draw: draws so many rows, (n, ...).
+        batch: B, of each rank.
+        share: the rank and the number of ranks.
+
+    Returns:
+        (B, ...).
+    """
+    rank, world_size = share
+    if world_size == 1:
+        return draw(batch)
+    return draw(batch * world_size)[rank * batch : (rank + 1) * batch].clone()  # the rest need not be kept
 
 
 class StageModule(pl.LightningModule):
@@ -53,6 +79,8 @@ class StageModule(pl.LightningModule):
         max_skipped: optimizer steps that may be left out because something in them is not finite; None looks at none.
         num_skipped: so many have been.
         stepped: whether the last optimizer step changed the weights.
+        share: this rank and the number of ranks that a step's draws are made for.
+        batch: samples of an optimizer step, of all micro-batches and ranks.
     """
 
     stage: Stage
@@ -78,6 +106,7 @@ class StageModule(pl.LightningModule):
         self.optim, self.max_steps, self.seed = optim, max_steps, seed
         self.max_skipped: int | None = None
         self.num_skipped, self.stepped = 0, True
+        self.share, self.batch, self._samples = (0, 1), 1, 0
         self._micro_batch = 0
         self._captions: list[Sequence[str] | None] = []  # of each micro-batch of this step, where it holds them
         self._terms: list[tuple[int, dict[str, Tensor]]] = []  # what each micro-batch made of the loss
@@ -88,14 +117,35 @@ class StageModule(pl.LightningModule):
         """The network to validate, draw with and export: the average, where there is one."""
         return self.ema.average if self.ema is not None else self.network
 
+    @property
+    def samples(self) -> int:
+        """So many samples were trained on, on all ranks, those of steps with another batch before included."""
+        return self._samples + self.trainer.global_step * self.batch
+
+    def configure_model(self) -> None:
+        """Cut the network and its averages up over the ranks, where the strategy is to."""
+        if self.device_mesh is not None:
+            averages = [average.average for average in (self.ema, *self.posthoc) if average is not None]
+            for network in (self.network, *averages):
+                shard(network, self.device_mesh["data_parallel"])
+
+    def whole(self, network: Any) -> Any:
+        """Return a network that one rank alone can use, on the first rank; all ranks must ask."""
+        return whole(network, self.device)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(self.stage, checkpoint["global_step"], checkpoint["state_dict"])
         checkpoint["version"] = VERSION
         checkpoint["identity"] = self.identity
         checkpoint["num_skipped"] = self.num_skipped
+        checkpoint["batch"], checkpoint["samples"] = self.batch, self.samples
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.num_skipped = int(checkpoint.get("num_skipped", 0))
+        step = int(checkpoint["global_step"])
+        self._samples = int(checkpoint.get("samples", step * self.batch)) - step * self.batch
+        if self._samples:
+            self.trainer.datamodule.before = self._samples  # type: ignore[attr-defined]
 
     @property
     def checkpoint_size(self) -> int:
@@ -147,6 +197,8 @@ class StageModule(pl.LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients)
         if clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self.stepped = True
         if self.max_skipped is None:
             return True
@@ -190,6 +242,14 @@ class StageModule(pl.LightningModule):
             print(message, flush=True)
 
     def on_train_start(self) -> None:
+        self.share = (self.global_rank, self.trainer.world_size)
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    same = isinstance(value, Tensor) and value.shape == parameter.shape
+                    # Fused optimizers go through memory: channels_last here, and not in a checkpoint of FSDP's.
+                    if same and value.stride() != parameter.stride():
+                        state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         # The checkpoint of a shorter run brings the rate that its own schedule ended with: set this run's.
         for config in self.trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
@@ -203,12 +263,17 @@ class StageModule(pl.LightningModule):
             self._terms, self._captions = [], []
         self._captions.append(batch.get("caption") if isinstance(batch, Mapping) else None)
         # Dropout draws from the global state; seeded apart from the step's own generator, whose draws it would repeat.
-        torch.manual_seed(self.generator(batch_idx).initial_seed() ^ 1)
+        of_rank = step_generator(self.seed, self.global_step, self._micro_batch, self.global_rank)
+        torch.manual_seed(of_rank.initial_seed() ^ 1)
 
     def generator(self, batch_idx: int) -> torch.Generator:
-        """Return the source of this training step's draws."""
+        """Return the source of this training step's draws, the same on all ranks: each takes its `rows` of them."""
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        return step_generator(self.seed, self.global_step, micro_batch, self.global_rank, self.device)
+        return step_generator(self.seed, self.global_step, micro_batch, device=self.device)
+
+    def rows(self, draw: Callable[[int], Tensor], batch: int) -> Tensor:
+        """Return `rows` of a draw in training; validation's draws are the rank's own."""
+        return rows(draw, batch, self.share if self.training else (0, 1))
 
     def log_losses(self, losses: dict[str, Tensor], batch_size: int, prog_bar: str = "loss") -> None:
         """Log `<stage>/<name>` for each loss; the one named `prog_bar` is shown beside the progress bar."""
@@ -218,6 +283,14 @@ class StageModule(pl.LightningModule):
         for name, value in losses.items():
             key = f"{self.stage}/{split}{name}"
             self.log(key, value.detach(), batch_size=batch_size, prog_bar=name == prog_bar, sync_dist=not self.training)
+
+    def flops_per_image(self, batch: Any) -> int:
+        """Count the floating-point operations of a training step for one picture of such a batch.
+
+        The network's are forward and backward, as often as the mathematics needs them: what gradient checkpointing
+        computes again is not counted.
+        """
+        raise NotImplementedError
 
     def preview(self, network: Any, num_images: int) -> tuple[Tensor, Sequence[str]] | None:
         """Return (N, 3, H, W) pictures that show how far training is, and their captions; None where there are none.

@@ -33,12 +33,13 @@ class SaveAverages(pl.Callback):
         if count == self._last or (count % self.every and trainer.global_step < trainer.max_steps):
             return
         self._last = count
-        if not trainer.is_global_zero:
-            return
         for average in pl_module.posthoc:
+            network = pl_module.whole(average.average)
+            if not trainer.is_global_zero:
+                continue
             snapshot = Snapshot(count, average.length)
             try:
-                save_snapshot(self.folder, snapshot, average.average.state_dict(), self.every)
+                save_snapshot(self.folder, snapshot, network.state_dict(), self.every)
             except OSError as error:
                 raise UserError(
                     f"{self.folder / snapshot.name} cannot be written: {error.strerror}. Make room, or keep fewer "
