@@ -154,6 +154,22 @@ def test_the_figures_that_matter_are_on_top(page):
     }
 
 
+def test_what_was_measured_of_speed_is_told_in_place_of_what_the_losses_say(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    figures = {"images_per_second": 77, "gflops_per_image": 0.5, "utilization": 0.34, "data_wait": 0.002}
+    with (run_dir / "metrics.csv").open("a", encoding="utf-8") as file:
+        for step in (49, 99):
+            file.writelines(f"diffusion/{name},{step},{value},{9000 + step}\n" for name, value in figures.items())
+    report(run_dir)
+    page = (run_dir / "report" / "index.html").read_text(encoding="utf-8")
+    tiles = re.findall(r'"name">([^<]*)</span><span class="number">([^<]*)<.*?"note">([^<]*)<', page)
+    note = "median, in training, 34.0% of the matmul rate, 0.2% waiting for data"
+    assert ("U-Net images/s", "77", note) in tiles and ("VAE images/s", "480", "median, in training") in tiles
+    titles = re.findall(r'<figure class="plot"><figcaption>([^<]*)', page)
+    assert titles.count("images/s") == 2 and "utilization" not in titles
+    assert "images/s over steps: 77 in the median" in page
+
+
 def test_every_metric_has_its_plot_and_says_in_words_what_it_shows(page):
     titles = re.findall(r'<figure class="plot"><figcaption>([^<]*)', page)
     vae, unet = ["loss", "PSNR (dB)", "images/s"], ["loss", "loss by timestep", "images/s", "prompt accuracy", "FID"]

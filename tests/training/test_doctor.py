@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.training import doctor
+from ldm.training import trial
 from runs import TINY, TINY_OWN, run_script
 from sets import shard_folder
 
@@ -135,7 +135,7 @@ def test_running_out_of_memory_is_a_finding(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(doctor.ClipModule, "training_step", full)
+    monkeypatch.setattr(trial.ClipModule, "training_step", full)
     code, lines = look(tmp_path, capsys)
     assert code == 1 and about(lines, "✗", "steps", "clip", "does not fit into memory", "smaller batch")
 

@@ -3,13 +3,16 @@
 B batch.
 """
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.ahead import ahead
@@ -32,6 +35,9 @@ class DataModule(pl.LightningDataModule):
         num_workers: loader processes.
         overfit_batches: above 0, only the first so many training batches are used, again and again.
         content: names the set that all of it is from.
+
+    Attributes:
+        before: samples that the steps of an earlier start took beyond what they would have taken on these ranks.
     """
 
     def __init__(
@@ -48,12 +54,13 @@ class DataModule(pl.LightningDataModule):
         self.train, self.val, self.order = train, val, order
         self.batch_size, self.num_workers, self.overfit_batches = batch_size, num_workers, overfit_batches
         self.content = content
+        self.before = 0
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
         rank, world_size = trainer.global_rank, trainer.world_size
-        start = trainer.global_step * trainer.accumulate_grad_batches
+        start = trainer.global_step * trainer.accumulate_grad_batches + self.before // (self.batch_size * world_size)
         order = self.order
         if self.overfit_batches:
             few = min(len(self.train), self.overfit_batches * self.batch_size * world_size)
@@ -68,14 +75,19 @@ class DataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        batches = self._val_batches(rank, world_size)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):  # all ranks must run a network that is cut up
+            batches = batches[: min(len(self._val_batches(each, world_size)) for each in range(world_size))]
+        return self._loader(self.val, batches)
+
+    def _val_batches(self, rank: int, world_size: int) -> list[list[Pick]]:
         # Where there are fewer pictures than ranks they come again: Lightning cannot do with a rank that has none.
         mine = np.arange(rank, max(len(self.val), world_size), world_size) % len(self.val)
         buckets = self.val.bucket_of
         groups = [mine] if buckets is None else [mine[buckets[mine] == bucket] for bucket in np.unique(buckets[mine])]
         cuts = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
         # By their first sample, so that the first few batches, which may be all that is looked at, show every shape.
-        batches: list[list[Pick]] = [[(int(i), 0) for i in cut] for cut in sorted(cuts, key=lambda cut: cut[0])]
-        return self._loader(self.val, batches)
+        return [[(int(i), 0) for i in cut] for cut in sorted(cuts, key=lambda cut: cut[0])]
 
     def _loader(self, dataset: Any, batches: Any) -> DataLoader[Any]:
         # A cache in memory is not waited for; a mapped one is read by threads, which hand tensors on where processes
@@ -115,6 +127,28 @@ class Guarded(Dataset[Any]):
             return Failure(str(error))
 
 
+@contextmanager
+def explaining_lost_worker(num_workers: int) -> Iterator[None]:
+    """Say what it means that a loader process is gone; the news of it may come in the middle of anything.
+
+    Args:
+        num_workers: how many there are.
+
+    Raises:
+        UserError: one is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process is gone: {str(error).splitlines()[0]} Such processes are mostly killed for want of "
+            f"memory: fewer of them (data.num_workers={num_workers} now) or smaller batches need less. The same "
+            "command goes on from the last checkpoint"
+        ) from error
+
+
 class Loader(DataLoader[Any]):
     """A DataLoader that ends with a message where a picture cannot be had or a loader process is gone.
 
@@ -122,11 +156,15 @@ class Loader(DataLoader[Any]):
         dataset: gives values or failures.
         num_threads: that read ahead in this process, in place of loader processes; 0 for none.
         options: see `DataLoader`.
+
+    Attributes:
+        waited: seconds that have gone by in asking for batches.
     """
 
     def __init__(self, dataset: Guarded, num_threads: int = 0, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.num_threads = num_threads
+        self.waited = 0.0
 
     def _read(self, picks: list[Pick]) -> Any:
         batch = self.dataset.__getitems__(picks)  # type: ignore[attr-defined]
@@ -141,20 +179,15 @@ class Loader(DataLoader[Any]):
         else:
             batches = super().__iter__()
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError(
-                    f"a loader process is gone: {str(error).splitlines()[0]} Such processes are mostly killed for "
-                    f"want of memory: fewer of them (data.num_workers={self.num_workers} now) or smaller batches "
-                    "need less. The same command goes on from the last checkpoint"
-                ) from error
+            asked = time.perf_counter()
+            with explaining_lost_worker(self.num_workers):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
             if isinstance(batch, Failure):
                 raise UserError(batch.reason)
+            self.waited += time.perf_counter() - asked
             yield batch
 
 

@@ -15,7 +15,9 @@ MEASURED = (
     "prompt_accuracy", "fid", "kid", "clip_score", "clip_frechet", "cmmd", "memorization", "retrieval",
     "reconstruction",
 )  # fmt: skip
-HIGHER_IS_BETTER = ("psnr", "ssim", "recall", "accuracy", "clip_score", "image_to_text", "text_to_image")
+# How fast training went (ldm.training.throughput).
+SPEED = ("images_per_second", "gflops_per_image", "utilization", "data_wait")
+HIGHER_IS_BETTER = ("psnr", "ssim", "recall", "accuracy", "clip_score", "image_to_text", "text_to_image", *SPEED[:3])
 
 
 @dataclass
@@ -104,7 +106,8 @@ def read_metrics(path: Path) -> Metrics:
         line.values.pop(at, None)
         line.values[at] = number
         marks = found.times.setdefault(line.stage, [])
-        if line.split == "training" and math.isfinite(when) and (not marks or marks[-1][0] != at):
+        is_loss = line.split == "training" and line.metric not in SPEED
+        if is_loss and math.isfinite(when) and (not marks or marks[-1][0] != at):
             marks.append((at, when))
     found.lines = [line for line in lines.values() if line.values or line.not_finite]
     for line in found.lines:
@@ -172,10 +175,11 @@ def images_a_step(config: Mapping[str, object], stage: str) -> tuple[float, bool
         devices = len(devices)
     if devices in ("auto", "-1", -1) and trainer.get("accelerator") == "cpu":
         devices = 1
-    if not isinstance(batch, int) or not isinstance(accumulate, int) or not isinstance(nodes, int):
+    if not isinstance(batch, int) or not isinstance(accumulate, int) or not (isinstance(nodes, int) or nodes == "auto"):
         raise UserError(f"the config does not say how large a batch of stage {stage} is")
-    known = isinstance(devices, int) and devices > 0
-    return batch * accumulate * (devices * nodes if known and isinstance(devices, int) else 1), not known
+    if not isinstance(devices, int) or devices < 1 or not isinstance(nodes, int):
+        return batch * accumulate, True
+    return batch * accumulate * devices * nodes, False
 
 
 def _mapping(config: Mapping[str, object], key: str) -> Mapping[str, object]:

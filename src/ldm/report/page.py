@@ -3,14 +3,13 @@
 import re
 import shlex
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.files import load_json
+from ldm.files import load_json, load_yaml
 from ldm.report.curves import MOST_POINTS
 from ldm.report.evaluation import best_guidance, evaluation
 from ldm.report.html import attempt, esc, facts, folded, missing
@@ -49,7 +48,7 @@ $main
 def make_page(run_dir: Path) -> str:
     """Return the report of a run directory as HTML."""
     notes: list[str] = []
-    config = _or_nothing(lambda: _load_config(run_dir), notes, {})
+    config = _or_nothing(lambda: load_yaml(run_dir / "config.yaml"), notes, {})
     metrics = _or_nothing(lambda: read_metrics(run_dir / "metrics.csv"), notes, Metrics([], {}))
     if metrics.num_bad:
         notes.append(f"{metrics.num_bad} rows of metrics.csv cannot be read and are left out")
@@ -83,26 +82,6 @@ def _or_nothing(read: Any, notes: list[str], nothing: Any) -> Any:
     except UserError as error:
         notes.append(str(error))
         return nothing
-
-
-def _load_config(run_dir: Path) -> Config:
-    """Read a run's config as data.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    import yaml
-
-    path = run_dir / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, Mapping):
-        raise UserError(f"{path} holds no settings")
-    return config
 
 
 def summary(run_dir: Path, config: Config, metrics: Metrics) -> str:

@@ -10,7 +10,7 @@ from ldm.errors import UserError
 from ldm.report.curves import COLORS, Curve, draw
 from ldm.report.evaluation import heading
 from ldm.report.html import attempt, esc, facts, folded, missing, number, table
-from ldm.report.metrics import Line, Metrics, higher_is_better, images_a_step, panels, rates
+from ldm.report.metrics import SPEED, Line, Metrics, higher_is_better, images_a_step, panels, rates
 from ldm.report.pictures import samples
 
 Config = Mapping[str, Any]
@@ -87,7 +87,7 @@ def stage_facts(run_dir: Path, config: Config, metrics: Metrics, stage: str) -> 
 def curves(config: Config, metrics: Metrics, stage: str) -> str:
     """Plot what has more than one point: losses first, then throughput, then what was found by looking at the model."""
     lines = metrics.of(stage)
-    trained = plots([line for line in lines if line.split])
+    trained = plots([line for line in lines if line.split and line.metric not in SPEED])
     trained.append(attempt("the throughput", lambda: throughput(config, metrics, stage)))
     measured = plots([line for line in lines if not line.split])
     title = "<h3>Measured as training went</h3>" if measured else ""
@@ -166,11 +166,13 @@ def throughput(config: Config, metrics: Metrics, stage: str) -> str:
 
 
 def speed(config: Config, metrics: Metrics, stage: str) -> tuple[dict[int, float], str]:
-    """Return pictures a second by step, and what they are called.
+    """Return pictures a second by step, and what they are called: as logged, or from the times of the losses.
 
     Raises:
         UserError: the config does not say how large a batch is.
     """
+    if (line := metrics.find(stage, SPEED[0], "training")) and line.values:
+        return line.values, "images/s"
     images, of_one = images_a_step(config, stage)
     return rates(metrics.times.get(stage, []), images), "images/s of one device" if of_one else "images/s"
 
@@ -224,7 +226,11 @@ def _speed_tile(config: Config, metrics: Metrics, stage: str, title: str) -> Til
         found, unit = speed(config, metrics, stage)
     except UserError:
         return None
-    return (f"{title} {unit}", number(median(found.values())), "median, in training") if found else None
+    shares = {"utilization": "of the matmul rate", "data_wait": "waiting for data"}
+    lines = ((metrics.find(stage, name, "training"), told) for name, told in shares.items())
+    notes = [f"{median(line.values.values()):.1%} {told}" for line, told in lines if line and line.values]
+    note = ", ".join(["median, in training", *notes])
+    return (f"{title} {unit}", number(median(found.values())), note) if found else None
 
 
 def value(config: Config, dotted: str) -> Any:

@@ -21,7 +21,8 @@ from ldm.evaluation.real import to_rgb
 from ldm.nn.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.nn.discriminator import PatchDiscriminator
 from ldm.ranks import say
-from ldm.training.module import StageModule, step_generator
+from ldm.training.flops import count_flops, on_meta, twin
+from ldm.training.module import StageModule, randn, step_generator
 from ldm.training.optim import build_optimizer
 from ldm.training.perceptual import LPIPS
 
@@ -108,6 +109,11 @@ class AutoencoderModule(StageModule):
         """Whether the discriminator takes part in this step."""
         return self.config.discriminator is not None and self.global_step >= self.config.discriminator.start
 
+    def flops_per_image(self, batch: Mapping[str, Any]) -> int:
+        """Count those of the VAE; the networks that judge it are left out."""
+        vae: Any = twin(self.network)
+        return count_flops(lambda: vae.decode(DiagonalGaussian(vae.encode(on_meta(batch["image"]))).mode()))
+
     def on_validation_epoch_start(self) -> None:
         if self.inception is not None:
             self.frechet.reset()
@@ -145,7 +151,7 @@ class AutoencoderModule(StageModule):
             judged: whether the discriminator has a say.
         """
         posterior = DiagonalGaussian(vae.encode(image).float())  # a sum over all latents needs more than bf16
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device)
+        noise = self.rows(lambda n: randn(n, posterior.mean.shape, generator), len(image))
         reconstruction = vae.decode(posterior.sample(noise))
         config = self.config
         losses = {"l1": F.l1_loss(reconstruction, image), "l2": F.mse_loss(reconstruction, image)}

@@ -16,6 +16,7 @@ from ldm.data.pictures import Pictures
 from ldm.data.stream import Stream
 from ldm.evaluation.clip_score import retrieve
 from ldm.nn.clip import CLIP
+from ldm.training.flops import count_flops, on_meta, twin
 from ldm.training.module import StageModule, gathered
 
 CAPTIONS = 256  # embedded at once in validation
@@ -68,6 +69,13 @@ class ClipModule(StageModule):
         own = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return {"loss": loss, "recall": (logits.argmax(1) == own).float().mean()}
+
+    def flops_per_image(self, batch: Mapping[str, Any]) -> int:
+        """Count those of both towers; comparing what they say takes few."""
+        clip: Any = twin(self.network)
+        ids = torch.empty(1, self.max_length, dtype=torch.int64, device="meta")
+        text = count_flops(lambda: clip.encode_text(ids))
+        return text + count_flops(lambda: clip.encode_image(on_meta(batch["image"])))
 
     # ---------------------------------------------------------------------------------------------------- validation
 

@@ -17,10 +17,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar
-from torch import Tensor
 
-from ldm.conditioner import Conditioner, train_tokenizer
-from ldm.config import STAGES, Stage, TrainConfig
+from ldm.conditioner import Conditioner
+from ldm.config import STAGES, TrainConfig
 from ldm.data.datamodule import DataModule
 from ldm.data.images import Pixels, to_pixels
 from ldm.data.order import Pick, Shuffle
@@ -32,13 +31,12 @@ from ldm.errors import UserError
 from ldm.gallery import grid, save_png
 from ldm.nn.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.training import feed, fit
-from ldm.training.autoencoder import AutoencoderModule, latent_statistics
+from ldm.training.autoencoder import latent_statistics
 from ldm.training.checkpointing import COPIES
-from ldm.training.clip import ClipModule
-from ldm.training.diffusion import DiffusionModule
 from ldm.training.module import StageModule
-from ldm.training.networks import build_clip, build_schedule, build_unet, load_conditioner, load_vae
+from ldm.training.networks import build_unet
 from ldm.training.stages import check_stages, is_done, stage_steps
+from ldm.training.trial import any_conditioner, any_vae, build_module, encoded, exists, trial_trainer
 
 STEPS = 4  # of each measurement; the first warms up
 MEASURED = 256  # pictures that latents are measured on
@@ -74,13 +72,13 @@ def examine(config: TrainConfig) -> bool:
     _try_the_door(config, report)
     # Everything is to be shown, so that nothing may end the look.
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"max_bad": 1.0})})
-    vae = load_vae(config) if _exists(config, "autoencoder") else fit.first_vae(config)
+    vae = any_vae(config)
     try:
         squares, held_out = feed.open_pictures(lenient, vae.config["in_channels"])
     except UserError as error:
         report.add(Finding("pictures", str(error), "ruin"), *_broken(config, 0))
         return report.conclude()
-    conditioner = _conditioner(config, squares)
+    conditioner = any_conditioner(config, squares)
     unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
     buckets = feed.find_buckets(config, vae, unet)
     train = feed.training_views(config, squares.source, buckets)
@@ -89,7 +87,7 @@ def examine(config: TrainConfig) -> bool:
     report.add(Finding("samples", str(_sheet(config, train))))
     device = torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     vae.to(device).eval(), conditioner.to(device).eval()
-    if _exists(config, "autoencoder"):
+    if exists(config, "autoencoder"):
         _measure_latents(vae, squares, report)
     else:
         report.add(Finding("latents", "not yet: the VAE is trained first"))
@@ -210,21 +208,6 @@ def _framed(image: Pixels, height: int, width: int) -> Pixels:
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-def _exists(config: TrainConfig, stage: Stage) -> bool:
-    pretrained = config.frozen_vae if stage == "autoencoder" else config.text_encoder.pretrained
-    return bool(pretrained) or is_done(config, stage)
-
-
-def _conditioner(config: TrainConfig, pictures: Pictures) -> Conditioner:
-    """Load the conditioner, or build the one that will be trained: it costs and cuts the same."""
-    if _exists(config, "clip"):
-        return load_conditioner(config)
-    part = config.text_encoder
-    captions = (text for texts in pictures.captions for text in texts)
-    tokenizer = train_tokenizer(captions, part.vocab_size or 49408, part.max_length or 77)
-    return Conditioner(tokenizer, build_clip(config, tokenizer).text_model).eval().requires_grad_(False)
-
-
 @torch.inference_mode()
 def _measure_latents(vae: AutoencoderKL, pictures: Pictures, report: Report) -> None:
     mean, std = latent_statistics(vae, pictures, feed.ENCODE_BATCH, most=MEASURED)
@@ -255,7 +238,7 @@ def _measure_steps(
         if is_done(config, stage):
             report.add(Finding("steps", f"{stage}: up to date"))
             continue
-        module = _module(config, stage, vae, conditioner)
+        module = build_module(config, stage, vae, conditioner, STEPS)
         networks.append(_kept(config, module))
         if stage != "diffusion":
             batch_size = getattr(config, stage).batch_size
@@ -268,7 +251,7 @@ def _measure_steps(
             members = np.flatnonzero((train.view_sizes == shape).all(1))
             dataset: Any = _Only(train, members)
             if config.data.cache:
-                dataset, encoding = _encoded(train, members, vae, conditioner, batch_size)
+                dataset, encoding = encoded(train, members, vae, conditioner, batch_size)
                 seconds += encoding * count * train.num_variants
             if len(shapes) > 1 and count < batch_size:
                 text = f"{shape[0]}×{shape[1]} has {count} pictures, which fill a batch of {batch_size} again and again"
@@ -289,31 +272,12 @@ def _kept(config: TrainConfig, module: StageModule) -> Kept:
     return Kept(module.checkpoint_size, size * (1 + snapshots), snapshots)
 
 
-def _module(config: TrainConfig, stage: Stage, vae: Any, conditioner: Conditioner) -> StageModule:
-    if stage == "autoencoder":
-        return AutoencoderModule(fit.first_vae(config), config.autoencoder, config.seed)
-    if stage == "clip":
-        clip = build_clip(config, conditioner.tokenizer)
-        return ClipModule(clip, conditioner.tokenizer, conditioner.max_length, config.clip, config.seed)
-    unet = build_unet(config, vae, conditioner.text_tower.config["hidden_size"])
-    return DiffusionModule(
-        unet, build_schedule(config), config.diffusion, config.optim, STEPS, config.seed, vae, conditioner,
-        config.sampling,
-    )  # fmt: skip
-
-
 def _step(
     config: TrainConfig, module: StageModule, dataset: Any, batch_size: int, size: Any, report: Report
 ) -> Cost | None:
     """Train a few steps that nobody keeps, and report what they cost."""
-    one = {"max_steps": STEPS, "devices": 1, "num_nodes": 1, "strategy": "auto", "accumulate_grad_batches": 1}
-    alone = config.trainer.model_copy(update={**one, "checkpoint_every": sys.maxsize})
-    module.max_steps = STEPS
     clock = _Clock()
-    quiet = config.model_copy(update={"trainer": alone, "logger": {}, "callbacks": {}})
-    trainer = fit.build_trainer(quiet, module, clock)
-    trainer.limit_val_batches = 0
-    module.to(memory_format=torch.channels_last)
+    trainer = trial_trainer(config, module, STEPS, clock)
     what = f"{module.stage}: {size[0]}×{size[1]}, batch {batch_size}"
     order = Shuffle(len(dataset), config.seed)
     try:
@@ -371,37 +335,6 @@ class _Only:
 
     def __getitems__(self, picks: Sequence[Pick]) -> dict[str, Any]:
         return self.pictures.__getitems__([(int(self.members[i]), epoch) for i, epoch in picks])
-
-
-class _Again:
-    """One batch again and again: what a step costs from the cache does not depend on what is in it."""
-
-    bucket_of = None
-    in_memory = True
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return len(self.batch["moments"])
-
-    def __getitems__(self, picks: Sequence[Pick]) -> dict[str, Tensor]:
-        return self.batch
-
-
-@torch.inference_mode()
-def _encoded(
-    pictures: Pictures, members: Any, vae: Any, conditioner: Conditioner, batch_size: int
-) -> tuple[_Again, float]:
-    """Encode one batch; return it, and the seconds that a picture took."""
-    indices = [int(members[i % len(members)]) for i in range(batch_size)]
-    device = next(vae.parameters()).device
-    started = time.perf_counter()
-    batch = pictures.__getitems__([(i, 0) for i in indices])
-    moments = vae.encode(batch["image"].to(device, memory_format=torch.channels_last)).float().cpu()
-    context = conditioner(batch["caption"]).float().cpu()
-    seconds = (time.perf_counter() - started) / batch_size
-    return _Again({"moments": moments.clone(), "context": context.clone()}), seconds
 
 
 # ------------------------------------------------------------------------------------------------------------- disk
