@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/shapes
+MINUTES := 30
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint type bench clean
+.PHONY: help install demo test test-slow torture lint type bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ test: install  ## run the tests (under 10 minutes on 2 cores)
 test-slow: install  ## run the slow tests (CI does); DEMO_RESULT=outputs/shapes looks at the demo's result
 	LDM_DEMO=$(DEMO_RESULT) $(BIN)/python -m pytest -m slow
 
+torture: install  ## interrupt training at random moments for MINUTES=30, and count what was kept
+	$(BIN)/python tests/torture.py --minutes $(MINUTES)
+
 lint: install  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,10 +47,16 @@ lint: install  ## check style
 type: install  ## check types
 	$(BIN)/mypy
 
-bench: install  ## compare speed with diffusers; results go to benchmarks/results
+bench: install  ## compare speed with diffusers; results go to benchmarks/results and docs/performance.md
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/program.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/render.py
 
 clean:  ## remove what tools left behind (not .venv, not outputs)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -158,9 +158,9 @@ def test_trainers_loggers_and_callbacks_are_built(trainer, logger, tmp_path):
     assert {type(each).__name__ for each in built.loggers} >= {"MetricsCSV", "TensorBoardLogger"}
     assert ("WandbLogger" in {type(each).__name__ for each in built.loggers}) == (logger == "wandb")
     names = [type(each).__name__ for each in built.callbacks]
-    assert names.count("Progress") == names.count("SampleGrid") == names.count("ModelCheckpoint") == 1
+    assert names.count("Progress") == names.count("SampleGrid") == names.count("SaveCheckpoint") == 1
     assert built.max_steps == config.autoencoder.max_steps
-    assert type(built.strategy).__name__ == ("DDPStrategy" if trainer == "ddp" else "SingleDeviceStrategy")
+    assert type(built.strategy).__name__ == ("SingleDeviceStrategy" if trainer in ("cpu", "gpu") else "DDP")
 
 
 def test_every_file_stands_in_a_group_that_train_knows():

@@ -196,6 +196,8 @@ def test_nothing_is_written_over(model, place):
         {"prompt": None}, {"batch": [0, 10**9]}, {"seed": -1}, {"_target_": "os.system"}, {"seed": [1, 2]},
         {"height": 80_000_000}, {"out": "elsewhere"}, {"num_images": 10**12},
         {"prompt_file": "secret.txt"}, {"prompt": None, "prompt_file": "secret.txt"}, {"from_image": "x.png"},
+        {"ckpt": "\ud800"}, {"ckpt": "x" * 5000}, {"ckpt": "~nobody/x"}, {"init_image": "x" * 5000},
+        {"mask": "~nobody/x"}, {"init_image": "\0"}, {"init_image": "\ud800", "init_image_sha256": None},
     ],
 )  # fmt: skip
 def test_the_text_of_a_picture_is_data_and_is_checked(settings, model, place, capsys):

@@ -68,8 +68,9 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path):
         return torch.zeros(num, 3, 16, 16), ["a"] * num
 
     module = SimpleNamespace(
-        stage="diffusion", preview=preview, evaluated=average, network=network, ema=SimpleNamespace(average=average)
-    )
+        stage="diffusion", preview=preview, evaluated=average, network=network, ema=SimpleNamespace(average=average),
+        whole=lambda given: given,
+    )  # fmt: skip
     SampleGrid(every=1, num_images=4, raw=True)._save(trainer, module)
     assert drawn == [(average, False), (network, False)] and network.training
     assert [(key, shape[2], step) for key, shape, step in taken] == [
@@ -81,8 +82,12 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path):
 
 def test_only_the_first_process_draws(tmp_path):
     trainer = SimpleNamespace(global_step=3, is_global_zero=False, default_root_dir=str(tmp_path), loggers=[])
-    module = SimpleNamespace(stage="diffusion", preview=lambda *_: pytest.fail("drawn"))
+    asked = []  # all put together what is cut up
+    module = SimpleNamespace(
+        stage="diffusion", preview=lambda *_: pytest.fail("drawn"), evaluated="average", whole=asked.append
+    )
     SampleGrid(every=1, num_images=4)._save(trainer, module)
+    assert asked == ["average"]
 
 
 # ---------------------------------------------------------------------------------------------------------- progress

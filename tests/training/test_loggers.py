@@ -45,19 +45,19 @@ def test_another_logger_adds_to_what_is_there(logger, tmp_path):
 def test_rows_that_will_be_trained_again_are_dropped(logger):
     for step in range(10):
         logger.log_metrics({"a/loss": 1.0, "a/val_loss": 1.0, "ab/loss": 1.0}, step=step)
-    logger.drop_from("a", 4)
+    logger.drop_from("a/", 4)
     found = rows(logger.path)[1:]
     assert [int(row[1]) for row in found if row[0] == "a/loss"] == [0, 1, 2, 3]
     assert [int(row[1]) for row in found if row[0] == "a/val_loss"] == [0, 1, 2, 3]
     assert [int(row[1]) for row in found if row[0] == "ab/loss"] == list(range(10))
     assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.csv"]
     logger.log_metrics({"a/loss": 1.0}, step=4)
-    logger.drop_from("a", 0)
+    logger.drop_from("a/", 0)
     assert not [row for row in rows(logger.path) if row[0].startswith("a/")]
 
 
 def test_dropping_where_there_is_nothing(logger):
-    logger.drop_from("a", 0)
+    logger.drop_from("a/", 0)
     assert not logger.path.exists()
 
 
@@ -67,7 +67,7 @@ def test_dropping_where_there_is_nothing(logger):
 )
 def test_a_file_that_a_crash_cut_short(logger, rest):
     logger.path.write_text(rest)
-    logger.drop_from("a", 5)
+    logger.drop_from("a/", 5)
     logger.log_metrics({"a/loss": 2.0}, step=5)
     found = rows(logger.path)
     assert found[0] == list(MetricsCSV.COLUMNS)

@@ -9,6 +9,7 @@ import torch
 
 from ldm.config import TrainConfig
 from ldm.errors import UserError
+from ldm.report.metrics import SPEED
 from ldm.training import fit, stages
 from ldm.weights.folder import load_weights
 from probes import Record, Stopped
@@ -32,9 +33,10 @@ CASES = [("autoencoder", "plain"), ("clip", "plain"), *(("diffusion", name) for 
 
 
 def rows(config: TrainConfig, stage: str) -> dict[tuple[str, str], str]:
-    """Return what metrics.csv says of a stage; every (metric, step) must be there once."""
+    """Return what metrics.csv says of a stage, but for how fast it was; every (metric, step) must be there once."""
     with (Path(config.run_dir) / "metrics.csv").open(newline="") as file:
         found = [row for row in csv.reader(file) if row[0].startswith(f"{stage}/")]
+    found = [row for row in found if row[0].rpartition("/")[2] not in SPEED]
     values = {(metric, step): value for metric, step, value, _ in found}
     assert len(values) == len(found)
     return values

@@ -15,6 +15,7 @@ from rich.progress import Progress as RichProgress
 
 from ldm.data.images import to_pixels
 from ldm.gallery import grid, save_png
+from ldm.ranks import busy
 from ldm.training.module import in_eval_mode
 
 
@@ -113,11 +114,15 @@ class SampleGrid(pl.Callback):
     @torch.no_grad()
     def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._last_step = trainer.global_step
+        networks = {"": pl_module.evaluated}
+        if self.raw and pl_module.ema is not None:
+            networks["_raw"] = pl_module.network
+        wholes = {suffix: pl_module.whole(network) for suffix, network in networks.items()}
         if not trainer.is_global_zero:
             return
-        self._draw(trainer, pl_module, pl_module.evaluated, "")
-        if self.raw and pl_module.ema is not None:
-            self._draw(trainer, pl_module, pl_module.network, "_raw")
+        with busy("drawing samples"):
+            for suffix, network in wholes.items():
+                self._draw(trainer, pl_module, network, suffix)
 
     def _draw(self, trainer: pl.Trainer, pl_module: Any, network: Any, suffix: str) -> None:
         with in_eval_mode(network):

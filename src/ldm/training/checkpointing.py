@@ -8,13 +8,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.errors import UserError
+from ldm.training.loggers import drop_rows
 
-VERSION = 1  # of what a checkpoint holds; those without one are older
+VERSION = 1  # of what a checkpoint holds, the keys of its config among it; those without one are older
 PREVIOUS = "previous.ckpt"
 COPIES = 3  # that lie on the disk for a moment: the last, the one before, and the one that is being written
 
@@ -28,9 +30,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Attributes:
         anew: whether what is there now is another run's, which the first checkpoint of this one takes the place of.
+        damaged: whether the last that is there now is, so that the one before it is kept in its stead.
     """
 
     anew = False
+    damaged = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -44,10 +48,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             previous = target.with_name(PREVIOUS)
             if self.anew:
                 previous.unlink(missing_ok=True)
-            elif target.exists():  # killed here, the run goes on from it under its new name
+            elif target.exists() and not self.damaged:  # killed here, the run goes on from it under its new name
                 os.replace(target, previous)
             os.replace(temporary, target)
-            self.anew = False
+            self.anew = self.damaged = False
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -59,19 +63,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         # Said explicitly: an environment variable can turn an unsaid default into running what a pickle wants to run.
-        return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except RuntimeError as error:  # whole to its checksums, and still not what was written
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def last_checkpoint_callback(folder: Path, every: int) -> ModelCheckpoint:
-    """Keep `last.ckpt` in `folder`, written anew every so many optimizer steps."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="last",
-        every_n_train_steps=every,
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
+class SaveCheckpoint(pl.callbacks.Checkpoint):
+    """Write a checkpoint every so many optimizer steps, when all else that a step brings with it is done.
+
+    Of several batches that make a step only the last ends it: a checkpoint from in between would hold the step before
+    and a place in the data that is not. Lightning's own `ModelCheckpoint` writes there once a run has gone on from a
+    step that is due, since it does not know that this one is there already.
+
+    A step's validation comes after its checkpoint, so that nothing is lost where validating fails; a run that goes on
+    from there begins with it. The last step's checkpoint is not written here but when all is done.
+
+    Args:
+        path: of the checkpoint.
+        every: optimizer steps.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        super().__init__()
+        self.path, self.every = path, every
+        self._last_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._last_step = trainer.global_step
+        if validation_is_due(trainer):
+            loop = trainer.fit_loop.epoch_loop
+            if loop.restarted_on_train_batch_end:  # Lightning would take the validation of this step for done
+                loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+                loop.val_loop.restarting = False
+                loop._batches_that_stepped -= 1  # it counts one for a batch that ends and one for the validation
+                drop_rows(trainer, f"{pl_module.stage}/val_", trainer.global_step - 1)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps:
+            trainer.save_checkpoint(self.path)
+
+
+def validation_is_due(trainer: pl.Trainer) -> bool:
+    """Tell whether a run validates after the step that it stands at."""
+    batches = trainer.global_step * trainer.accumulate_grad_batches
+    return batches > 0 and batches % int(trainer.val_check_interval or 1) == 0
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -99,6 +138,12 @@ class Header(NamedTuple):
 
     identity: dict[str, Any]  # the config that decides its weights
     step: int
+    version: int  # of what it holds
+    batch: int | None = None  # samples of an optimizer step, of all ranks; None where it is not written down
+
+
+class LaterRelease(UserError):
+    """A checkpoint that only a later release of ldm knows how to read."""
 
 
 def newest_whole(folder: Path) -> tuple[Path, Header, Sequence[str]] | None:
@@ -108,13 +153,15 @@ def newest_whole(folder: Path) -> tuple[Path, Header, Sequence[str]] | None:
         Its path, what it says of itself, and what is wrong with newer ones; None where there is no checkpoint.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, and none is whole; or the newest is of a later release.
     """
     faults: list[str] = []
     for path in (folder / "last.ckpt", folder / PREVIOUS):
         if path.exists():
             try:
                 return path, read_header(path), faults
+            except LaterRelease:  # whole, and farther than the one before
+                raise
             except UserError as error:
                 faults.append(str(error))
     if faults:
@@ -132,13 +179,19 @@ def read_header(path: Path) -> Header:
         stat = path.stat()
         _compare_checksums(path, stat.st_size, stat.st_mtime_ns)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        header, version = Header(dict(content["identity"]), int(content["global_step"])), int(content.get("version", 0))
+        if "identity" not in content:
+            raise ValueError("it does not say which config it was trained with, as all of ldm's do")
+        of_step = content.get("batch")
+        header = Header(
+            dict(content["identity"]), int(content["global_step"]), int(content.get("version", 0)),
+            None if of_step is None else int(of_step),
+        )  # fmt: skip
     except Exception as error:  # a zip, a pickle or its content: torch raises something else for each
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read: {reason}") from error
-    if version > VERSION:
-        raise UserError(
-            f"{path} was written by a later release of ldm (version {version} of its content, this one knows "
+    if header.version > VERSION:
+        raise LaterRelease(
+            f"{path} was written by a later release of ldm (version {header.version} of its content, this one knows "
             f"{VERSION}): go on with that release"
         )
     return header

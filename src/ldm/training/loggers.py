@@ -1,15 +1,18 @@
 """Where figures go: `metrics.csv`, readable at any moment, and Weights & Biases."""
 
 import csv
+import sys
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm.errors import UserError
+from ldm.redact import redacted
 
 
 class MetricsCSV(Logger):
@@ -51,17 +54,29 @@ class MetricsCSV(Logger):
                     writer.writerow([metric, step, f"{value:.6g}", now])
 
     @rank_zero_only
-    def drop_from(self, stage: str, step: int) -> None:
-        """Forget a stage's rows at and after a step, before that step is trained again."""
+    def drop_from(self, prefix: str, step: int) -> None:
+        """Forget rows at and after a step, before it is done again.
+
+        Args:
+            prefix: of their metrics, such as `diffusion/`.
+            step: as it stands in the rows.
+        """
         if not self.path.exists():
             return
         with self.path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS)]  # less: cut short by a crash
-        kept = [row for row in rows[1:] if not row[0].startswith(f"{stage}/") or int(row[1]) < step]
+        kept = [row for row in rows[1:] if not (row[0].startswith(prefix) and int(row[1]) >= step)]
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.COLUMNS, *kept])
         temporary.replace(self.path)
+
+
+def drop_rows(trainer: pl.Trainer, prefix: str, step: int) -> None:
+    """Let every logger of files forget what is done again, see `MetricsCSV.drop_from`."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.drop_from(prefix, step)
 
 
 def wandb_logger(folder: str, offline: bool = False, **options: Any) -> WandbLogger:
@@ -82,8 +97,12 @@ def wandb_logger(folder: str, offline: bool = False, **options: Any) -> WandbLog
         path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     run_id = path.read_text(encoding="utf-8").strip() if path.exists() else None
     logger = WandbLogger(name=Path(folder).name, id=run_id, save_dir=folder, offline=offline, **options)
+    typed = sys.argv
     try:
+        sys.argv = redacted(typed)  # which wandb keeps
         logger.experiment  # noqa: B018 opens the run now, on the first rank, and not when the data are ready
     except wandb.Error as error:
         raise UserError(f"wandb: {error} Log in (wandb login), or log to disk (logger.wandb.offline=true)") from error
+    finally:
+        sys.argv = typed
     return logger

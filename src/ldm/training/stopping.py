@@ -8,8 +8,8 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
+from ldm import ranks
 from ldm.ranks import main_process
 
 # Exit codes: a cluster's signals, and Ctrl-C.
@@ -43,12 +43,9 @@ class StopOnSignal(pl.Callback):
         self.path = path
         self._got = 0  # the signal
         self._before: dict[int, Any] = {}
-        self._group: Any = None
         self._last_step = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if torch.distributed.is_initialized():
-            self._group = torch.distributed.new_group(backend="gloo")  # a GPU need not wait to be asked
         self._before = {signum: signal.getsignal(signum) for signum in CODES}
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -72,10 +69,17 @@ class StopOnSignal(pl.Callback):
         for signum in CODES:  # in place of Lightning's, which are there by now
             signal.signal(signum, self._note)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        ranks.meet()  # where the first rank draws and measures at last, however long that takes
+        self._heed(trainer)  # what came in the last validation, or while the last grid was drawn
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._last_step:  # of several batches that make a step only the last ends it
             return
         self._last_step = trainer.global_step
+        self._heed(trainer)
+
+    def _heed(self, trainer: pl.Trainer) -> None:
         if not (got := self._agreed()):
             return
         trainer.save_checkpoint(self.path)
@@ -87,11 +91,7 @@ class StopOnSignal(pl.Callback):
 
     def _agreed(self) -> int:
         """Return the signal that any rank has got; 0 for none."""
-        if self._group is None:
-            return self._got
-        got = torch.tensor(self._got)
-        torch.distributed.all_reduce(got, torch.distributed.ReduceOp.MAX, group=self._group)
-        return int(got)
+        return self._got if ranks.peers is None else ranks.peers.largest(self._got)
 
 
 def _queue_again() -> None:
