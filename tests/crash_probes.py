@@ -67,10 +67,12 @@ class Trace(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._last_step = trainer.global_step
+        trainer.log_every_n_steps = 2  # type: ignore[attr-defined]
         self._write("begin", trainer, pl_module)
         save = trainer.strategy.save_checkpoint
 
         def saved(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            self._write("saving", trainer, pl_module)
             save(checkpoint, *args, **kwargs)
             self._write("saved", trainer, pl_module)
 
@@ -225,7 +227,11 @@ PHASES = (*TRAINING, *WRITING, *OUTSIDE)
 
 def _send(signum: int) -> Callable[[Act], None]:
     def send(act: Act) -> None:
-        os.kill(os.getpid(), signum)
+        # Clusters and terminals send to all processes of a run: here to its group, which the harness has made.
+        if signum != signal.SIGKILL and os.getpid() == os.getpgrp():
+            os.killpg(0, signum)
+        else:
+            os.kill(os.getpid(), signum)
         time.sleep(0.2)
 
     return send

@@ -5,6 +5,7 @@ run that never was, none may be missing, what it leaves on the disk must be the 
 last checkpoint that was written.
 """
 
+import collections
 import csv
 import hashlib
 import json
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,26 +22,20 @@ from typing import Any
 
 import torch
 
+from crash_probes import TRAINING, WRITING
 from ldm.report.metrics import SPEED
 from runs import ROOT, TINY, TINY_OWN
 from sets import parquet_folder, png, shard_folder, texts
 
 STAGES = ("autoencoder", "clip", "diffusion")
 PARENT_DIES = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT", "segfault", "exception")
-# What the process that was interrupted may exit with; a signal before training begins ends it as signals do.
-CODES: dict[str, tuple[int, ...]] = {
-    "SIGKILL": (-signal.SIGKILL,),
-    "SIGTERM": (143, -signal.SIGTERM),
-    "SIGUSR1": (143, -signal.SIGUSR1),
-    "SIGINT": (130,),
-    "segfault": (-signal.SIGSEGV,),
-    "exception": (1,),
-    "full disk": (2,),
-    "worker killed": (2,),
-    "corrupted": (-signal.SIGKILL,),
-    "from outside": (-signal.SIGKILL,),
-}
-CODES_OF_OTHERS = (1, 143, 130)  # where it was not the first rank that something happened to
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+# What the process that was interrupted exits with.
+CODES = {
+    "SIGKILL": -signal.SIGKILL, "corrupted": -signal.SIGKILL, "from outside": -signal.SIGKILL,
+    "SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130,
+    "segfault": -signal.SIGSEGV, "exception": 1, "full disk": 2, "worker killed": 2,
+}  # fmt: skip
 HANGS = -1000
 NUM = 24
 # Six steps a stage; validation, grids and checkpoints at steps of their own and together.
@@ -139,6 +134,37 @@ def make_sets(root: Path) -> Path:
     return root
 
 
+@dataclass
+class Kept:
+    """Which checkpoints of a stage there must be, by what its trace says.
+
+    Attributes:
+        last, previous: their steps; 0 for none.
+        damaged: whether the last is.
+        writing: of one that is being written.
+    """
+
+    last: int = 0
+    previous: int = 0
+    damaged: bool = False
+    writing: Any = None
+
+    @property
+    def step(self) -> int:
+        """The step to go on from."""
+        return self.previous if self.damaged else self.last
+
+    def follow(self, row: str, step: int) -> None:
+        if row == "saving":
+            self.writing = step
+        elif row == "saved" or (row == "begin" and step == self.writing):  # it was all there but for the word of it
+            self.last, self.previous, self.damaged, self.writing = step, self.step, False, None
+        elif row == "begin":
+            self.writing = None
+        elif row == "damaged":
+            self.damaged = True
+
+
 class Run:
     """A run of a scenario in a folder of its own, started as often as it takes.
 
@@ -227,23 +253,43 @@ class Run:
                     with suppress(ValueError):  # no room was left for all of it
                         yield json.loads(line)
 
-    def steps(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
-        """Return the last step that a checkpoint was written at, by stage; and where each start began training."""
-        saved: dict[str, int] = {}
-        begun = []
+    def begun(self) -> list[tuple[str, int]]:
+        """Return the stage and step at which each start began training."""
+        return [(row["stage"], row["step"]) for row in self.rows() if row["row"] == "begin" and row["rank"] == 0]
+
+    def checkpoints(self) -> dict[str, set[int]]:
+        """Return of each stage the steps that it may go on from: two where it died while it wrote the second."""
+        kept: dict[str, Kept] = collections.defaultdict(Kept)
         for row in self.rows():
-            if row["rank"] == 0 and row["row"] == "saved":
-                saved[row["stage"]] = row["step"]
-            elif row["rank"] == 0 and row["row"] == "begin":
-                begun.append((row["stage"], row["step"]))
-        return saved, begun
+            if row["rank"] == 0:
+                kept[row["stage"]].follow(row["row"], row["step"])
+        return {stage: {each.step} | ({each.writing} - {None}) for stage, each in kept.items()}
+
+    def corrupt(self, stage: str) -> None:
+        """Change a byte in the middle of the last checkpoint, as disks do, where there is a whole one before it."""
+        folder = self.out / "run" / "checkpoints" / stage
+        rows = [
+            row["row"] for row in self.rows() if row["stage"] == stage and row["row"] in ("saving", "saved", "damaged")
+        ]
+        if rows[-1:] != ["saved"] or not (folder / "previous.ckpt").exists():
+            return
+        content = bytearray((folder / "last.ckpt").read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        (folder / "last.ckpt").write_bytes(content)
+        with Path(f"{self._trace}.0").open("a") as file:
+            file.write(json.dumps({"row": "damaged", "stage": stage, "step": 0, "rank": 0}) + "\n")
+
+    def last_step(self, stage: str) -> int:
+        """Return the step of a stage that was done last."""
+        steps = [row["step"] for row in self.rows() if row["row"] in ("begin", "state") and row["stage"] == stage]
+        return steps[-1] if steps else 0
 
     def trace(self) -> tuple[dict[str, Any], list[str]]:
         """Return what was done, by what it was done to, and what was done twice and differently."""
         found: dict[str, Any] = {}
         differing = []
         for row in self.rows():
-            if row["row"] in ("begin", "saved"):
+            if row["row"] in ("begin", "saving", "saved", "damaged"):
                 continue
             place = {key: row.pop(key) for key in ("row", "stage", "step", "rank", "micro_batch") if key in row}
             name = " ".join(f"{key} {value}" if key != "row" else value for key, value in place.items())
@@ -289,40 +335,47 @@ def interrupted(run: Run, whole: Run, crashes: Sequence[Crash]) -> Outcome:
     """Interrupt a run by each of these in turn, let it come to its end, and compare it with the whole one."""
     outcome = Outcome()
     for crash in crashes:
-        before, starts = run.steps()
-        code = run.start(crash)
+        code = _start(run, outcome, crash)
         run.ballast.unlink(missing_ok=True)
-        _check_start(run, outcome, before, len(starts))
         if run.marker.exists() or (crash.event == "from outside" and code == -signal.SIGKILL):
             outcome.crashes.append(crash)
-            if code not in (CODES_OF_OTHERS if crash.rank else CODES[crash.event]):
-                outcome.wrong.append(f"{crash}: exit code {code}\n{run.said[-1500:]}")
-            if crash.event in ("full disk", "worker killed") and "Traceback" in run.said:
-                outcome.wrong.append(f"{crash}: a traceback\n{run.said[-3000:]}")
+            _check_end(run, outcome, crash, code)
         elif code != 0:
             outcome.lost.append(f"before {crash}: exit code {code}\n{run.said[-3000:]}")
-        if run.left_behind:
-            outcome.wrong.append(f"{crash}: processes were left behind\n{run.said[-1500:]}")
-        if crash.event == "corrupted" and not outcome.lost:
-            _corrupt(run, crash.stage)
+        if crash.event == "corrupted":
+            run.corrupt(crash.stage)
         if not outcome.kept:
             return outcome
-    before, starts = run.steps()
-    code = run.start()
-    _check_start(run, outcome, before, len(starts))
-    if code != 0:
+    if code := _start(run, outcome):
         outcome.lost.append(f"the last start: exit code {code}\n{run.said[-3000:]}")
         return outcome
     _compare(run, whole, outcome)
     return outcome
 
 
-def _check_start(run: Run, outcome: Outcome, before: Mapping[str, int], num_starts: int) -> None:
-    """A start must have gone on from the last checkpoint, or the one before it where the last was damaged."""
-    for stage, step in run.steps()[1][num_starts:]:
-        wanted = before.get(stage, 0)
-        if step < wanted and "cannot be read" not in run.said:
-            outcome.lost.append(f"{stage} began at step {step}, a checkpoint of step {wanted} was there")
+def _start(run: Run, outcome: Outcome, crash: Crash | None = None) -> int:
+    """Start a run; it must go on from its last checkpoint, or from the one before where that is damaged."""
+    there, num_begun = run.checkpoints(), len(run.begun())
+    code = run.start(crash)
+    for stage, step in run.begun()[num_begun:]:
+        if step not in there.get(stage, {0}):
+            outcome.lost.append(f"{stage} began at step {step}, and not at {there.get(stage)}\n{run.said[-2000:]}")
+    return code
+
+
+def _check_end(run: Run, outcome: Outcome, crash: Crash, code: int) -> None:
+    """A process must have ended as its event has it end, with a checkpoint where that can be asked for."""
+    wanted = (1, 130, 143) if crash.rank else (CODES[crash.event],)
+    if code not in wanted:
+        outcome.wrong.append(f"{crash}: exit code {code}, and not {wanted}\n{run.said[-1500:]}")
+    if crash.event in ("full disk", "worker killed") and "Traceback" in run.said:
+        outcome.wrong.append(f"{crash}: a traceback\n{run.said[-3000:]}")
+    if run.left_behind:
+        outcome.wrong.append(f"{crash}: processes were left behind\n{run.said[-1500:]}")
+    if crash.event in SIGNALS and crash.phase in (*TRAINING, *WRITING) and code == CODES[crash.event]:
+        last, done = run.checkpoints().get(crash.stage), run.last_step(crash.stage)
+        if last != {done}:
+            outcome.lost.append(f"{crash}: step {done} was done, and the last checkpoint is of {last}")
 
 
 def _compare(run: Run, whole: Run, outcome: Outcome) -> None:
@@ -336,15 +389,6 @@ def _compare(run: Run, whole: Run, outcome: Outcome) -> None:
     outcome.differing += [
         f"{name} differs" for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
     ]
-
-
-def _corrupt(run: Run, stage: str) -> None:
-    """Change a byte in the middle of the last checkpoint, as disks do; where there is one before it."""
-    folder = run.out / "run" / "checkpoints" / stage
-    if (folder / "previous.ckpt").exists():
-        content = bytearray((folder / "last.ckpt").read_bytes())
-        content[len(content) // 2] ^= 0xFF
-        (folder / "last.ckpt").write_bytes(content)
 
 
 @contextmanager

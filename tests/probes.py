@@ -47,7 +47,7 @@ class KillAt(pl.Callback):
     def __init__(self, stage: str, step: int, marker: str, signum: int = signal.SIGKILL) -> None:
         self.stage, self.step, self.marker, self.signum = stage, step, Path(marker), signum
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.stage == self.stage and trainer.global_step == self.step and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), self.signum)

@@ -64,6 +64,12 @@ def tiny_config(output_dir: Path | str, *overrides: str) -> TrainConfig:
     return check(TrainConfig, compose_values("train", [*TINY, f"output_dir={output_dir}", *overrides]))
 
 
+def tiny_own_config(output_dir: Path | str, *overrides: str) -> TrainConfig:
+    """Return the checked config of the tiny experiment over a folder of pictures, `data.path=…`."""
+    said = [*TINY_OWN, "data=folder", f"output_dir={output_dir}", *overrides]
+    return check(TrainConfig, compose_values("train", said))
+
+
 def run_script(name: str, *arguments: str) -> int:
     """Run a root script in this process, as typed; return its exit code."""
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")

@@ -20,6 +20,16 @@ def test_a_full_disk_below_another_error():
             raise RuntimeError("unexpected pos 832 vs 726")  # noqa: B904 as torch.save does
 
 
+def test_a_full_disk_that_was_dealt_with_is_no_cause():
+    with pytest.raises(ValueError, match="of its own"), explaining_full_disk():
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise ValueError("of its own") from None
+    with pytest.raises(UserError, match="no space"), explaining_full_disk():
+        raise ValueError("above") from OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no"), ValueError("x"), UserError("mine")])
 def test_other_errors_are_what_they_are(error):
     with pytest.raises(type(error)) as raised, explaining_full_disk():

@@ -1,6 +1,7 @@
 """JSON, and files and folders that are whole or as they were."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,20 @@ def test_a_folder_that_is_written_again_keeps_nothing_of_the_old(tmp_path):
     assert [path.name for path in (tmp_path / "a" / "part").iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["part"]
     assert (tmp_path / "a" / "part").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda number: (calls.append(os.fstat(number).st_ino), fsync(number)))
+    monkeypatch.setattr(Path, "rename", lambda old, new: (calls.append("rename"), rename(old, new)))
+    with written_atomically(tmp_path / "part") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "a").write_text("of another library")
+        (temporary / "sub" / "b").touch()
+    part = tmp_path / "part"
+    assert set(calls[:-2]) == {path.stat().st_ino for path in (part, part / "a", part / "sub", part / "sub" / "b")}
+    assert calls[-2:] == ["rename", tmp_path.stat().st_ino]
 
 
 def test_names_as_long_as_a_file_system_takes(tmp_path):

@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 
 from ldm.config import load_run_config
-from ldm.redact import printable, redacted
-from ldm.training.stages import stage_inputs
+from ldm.redact import fingerprinted, is_same, printable, redacted
+from ldm.training.stages import stage_key
 from probes import listening
-from runs import ROOT, TINY, TINY_OWN, run_script, tiny_config
+from runs import ROOT, TINY, TINY_OWN, run_script, tiny_own_config
 from sets import sidecar_folder
 
 SECRETS = {
@@ -59,6 +59,19 @@ def test_what_is_a_secret(planted, monkeypatch):
     told = "abc perhaps so ${oc.env:LONGER_KEY} ${oc.env:HF_TOKEN} ${oc.env:MY_DB_PASSWORD_2}"
     assert redacted(text) == told
     assert redacted({"a": [text, 1, None], "b": (text,)}) == {"a": [told, 1, None], "b": [told]}
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("PGPASSWORD", True), ("SSHPASS", True), ("MYSQL_PWD", True), ("GITHUB_PAT", True), ("APIKEY", True),
+        ("AZURE_STORAGE_CONNECTION_STRING", True), ("AWS_SECRET_ACCESS_KEY_2", True), ("PWD", False),
+        ("OLDPWD", False), ("COMPASS", False), ("MONKEY", False), ("PAT", False), ("GIT_PATH", False),
+    ],
+)  # fmt: skip
+def test_names_of_secrets(name, secret, monkeypatch):
+    monkeypatch.setenv(name, "of this test alone")
+    assert redacted("of this test alone") == (f"${{oc.env:{name}}}" if secret else "of this test alone")
 
 
 def test_what_a_terminal_would_obey_is_shown():
@@ -108,18 +121,63 @@ def picture(i: int) -> bytes:
     return png((20 * i, 0, 0), (16, 16))
 
 
-def test_another_secret_is_no_other_result(planted, monkeypatch, tmp_path):
-    """Tokens are renewed; and what names a result is kept with it."""
+def test_another_secret_is_another_result_where_it_decides_one(planted, monkeypatch, tmp_path):
+    """In a path it names another set; a logger's token is renewed."""
 
-    def inputs() -> list[dict]:
-        named = ["++optim.arguments.token=${oc.env:HF_TOKEN}", "+unet.pretrained='${oc.env:HF_TOKEN}/x'"]
-        asked = tiny_config(tmp_path, *named)
-        return [stage_inputs(asked, stage) for stage in ("autoencoder", "clip", "diffusion")]
+    def keys(*named: str) -> list[str]:
+        return [stage_key(tiny_own_config(tmp_path, *named), stage) for stage in ("autoencoder", "clip", "diffusion")]
 
-    before = inputs()
-    assert not betrayed(repr(before).encode()) and "${oc.env:HF_TOKEN}/x" in repr(before)
+    def of_set() -> list[str]:
+        return keys("data.path=/sets/${oc.env:HF_TOKEN}")
+
+    def of_logger() -> list[str]:
+        return keys("data.path=set", "++logger.csv.token=${oc.env:HF_TOKEN}")
+
+    before, logged = of_set(), of_logger()
     monkeypatch.setenv("HF_TOKEN", "hf_AnotherThatIsNewer")
-    assert inputs() == before
+    assert not set(of_set()) & set(before) and of_logger() == logged
+
+
+def test_the_environment_does_not_name_a_result(planted, monkeypatch, tmp_path):
+    """What was typed as it is stays what it is with a variable that holds it, and without."""
+    config = tiny_own_config(tmp_path, f"data.path=/sets/{SECRETS['HF_TOKEN']}")
+    with_it = stage_key(config, "clip")
+    monkeypatch.delenv("HF_TOKEN")
+    assert stage_key(config, "clip") == with_it
+
+
+def test_what_is_kept_to_compare_with_betrays_nothing(planted, monkeypatch):
+    values = [f"/sets/{SECRETS['HF_TOKEN']}", [SECRETS["HF_TOKEN"], 1], "\udce9" + SECRETS["HF_TOKEN"]]
+    kept = [fingerprinted(value) for value in values]
+    assert not betrayed(repr(kept).encode()) and kept[0].startswith("/sets/${oc.env:HF_TOKEN} sha256:")
+    others = [f"/other/{SECRETS['HF_TOKEN']}", [SECRETS["HF_TOKEN"], 2], SECRETS["HF_TOKEN"]]
+    for _ in range(2):
+        assert all(map(is_same, kept, values)) and not any(map(is_same, kept, others))
+        assert all(map(is_same, values, values))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+    for value in (None, 3, 0.1, "text", [1, "a"], True):
+        assert fingerprinted(value) == value and is_same(value, value) and not is_same(value, "other")
+
+
+def test_a_sweep_leaves_none(planted, tmp_path):
+    """Typed into the command, they come to Hydra, which keeps the config of a sweep: nothing of it stays."""
+    token = f"++optim.arguments.token={SECRETS['HF_TOKEN']}"
+    said = ["-m", "experiment=shapes", f"output_dir={tmp_path}/out", "name=sweep", "seed=1,2", token]
+    fake = subprocess.run([sys.executable, ROOT / "tests/fake_train.py", *said], capture_output=True, timeout=120)
+    assert fake.returncode == 0, fake.stderr
+    content = texts(tmp_path)
+    assert not {str(path): found for path, text in content.items() if (found := betrayed(text))}
+    assert not betrayed(fake.stdout + fake.stderr)
+    names = {path.name for path in (tmp_path / "out/sweep").iterdir()}
+    assert {"sweep.json", "sweep.md"} < names and "multirun.yaml" not in names
+
+
+def test_a_sweep_that_never_comes_to_a_job_leaves_none(planted, tmp_path):
+    token = f"++optim.arguments.token={SECRETS['HF_TOKEN']}"
+    said = ["-m", f"output_dir={tmp_path}/out", "name=sweep", "seed=1,2", "data=shapes,nothing", token]
+    done = subprocess.run([sys.executable, ROOT / "tests/fake_train.py", *said], capture_output=True, timeout=120)
+    assert done.returncode == 2 and b"nothing" in done.stderr
+    assert (tmp_path / "out/sweep").is_dir() and not betrayed(b"".join(texts(tmp_path).values()))
 
 
 def test_jobs_of_a_sweep_are_not_named_by_secrets(planted, tmp_path):

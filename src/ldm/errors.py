@@ -24,13 +24,20 @@ def explaining_full_disk() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in (ENOSPC, EDQUOT):
-                where = f" for {cause.filename}" if cause.filename else ""
-                raise UserError(
-                    f"no space is left on the disk{where}. What was written before is whole: make room and give the "
-                    "same command again"
-                ) from error
-            cause = cause.__cause__ or cause.__context__
-        raise
+        if (cause := full_disk(error)) is None:
+            raise
+        where = f" for {cause.filename}" if cause.filename else ""
+        raise UserError(
+            f"no space is left on the disk{where}. What was written before is whole: make room and give the same "
+            "command again"
+        ) from error
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """Return the error of a full disk, or of a spent quota, among an exception and its causes; None without one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+            return error
+        # What `from None` hides was dealt with: it is no cause.
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None

@@ -152,13 +152,19 @@ def file_written_atomically(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def written_atomically(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it takes the place of `folder`, on failure nothing has changed."""
+    """Give a temporary folder to fill; on success it takes the place of `folder`, on failure nothing has changed.
+
+    All that is in it is on the disk before it takes its name, whoever wrote it; and its name when this returns.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(UNFINISHED, f".{folder.name[:40]}.", folder.parent))
     old = temporary.with_name(f"{temporary.name}.old{UNFINISHED}")
     try:
         temporary.chmod(0o755)
         yield temporary
+        for inside, _, names in os.walk(temporary):
+            for path in (*(Path(inside, name) for name in names), Path(inside)):
+                _flush(path)
         if folder.exists():  # a folder cannot take the place of another in one step
             folder.rename(old)
         temporary.rename(folder)
@@ -167,4 +173,14 @@ def written_atomically(folder: Path) -> Iterator[Path]:
         if old.exists():
             old.rename(folder)
         raise
+    _flush(folder.parent)  # the rename itself
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

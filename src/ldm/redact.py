@@ -1,13 +1,18 @@
 """What may be shown: texts without the secrets of the environment, and without what a terminal would obey."""
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# Words in the names of environment variables that hold something secret: WANDB_API_KEY, HF_TOKEN, DB_PASSWORD_2.
+# Words in the names of environment variables that hold something secret: WANDB_API_KEY, HF_TOKEN, DB_PASSWORD_2. PWD
+# and PAT are such words after another alone: a shell's PWD is where it stands.
 _SECRET = re.compile(
-    r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIAL|AUTH|DSN)S?\d*(_|$)", re.IGNORECASE
+    r"(^|_)((API)?(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL|AUTH|DSN)|[A-Z]*(PASSWORD|PASSWD)|(SSH)?PASS|"
+    r"CONNECTION_STRING|(?<=_)(PWD|PAT))S?\d*(_|$)",
+    re.IGNORECASE,
 )
 _SHORTEST = 8  # characters: a shorter value may stand in any text by chance
 
@@ -30,6 +35,25 @@ def redacted(value: Any) -> Any:
     {'steps': 3, 'headers': ['a', 'b']}
     """
     return _without(value, _secrets())
+
+
+def fingerprinted(value: Any) -> Any:
+    """Return a value as it may be kept to compare others with: one that holds secrets redacted, and with a digest.
+
+    >>> fingerprinted({"lr": 1e-3})
+    {'lr': 0.001}
+    """
+    shown = redacted(value)
+    return value if _digest(shown) == _digest(value) else f"{shown}{_digest(value)}"
+
+
+def is_same(kept: Any, value: Any) -> bool:
+    """Tell whether `fingerprinted` has kept this value, whatever the environment held then and holds now."""
+    return kept == value or (isinstance(kept, str) and kept.endswith(_digest(value)))
+
+
+def _digest(value: Any) -> str:
+    return f" sha256:{hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def _secrets() -> list[tuple[str, str]]:

@@ -133,17 +133,19 @@ def test_what_was_changed_behind_the_back_of_its_times_is_seen(form, tmp_path):
 
 
 def test_pictures_beside_a_parquet_file_are_looked_at_again(tmp_path):
-    for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(png((i, 0, 0)))
-    rows = {"image": [str(tmp_path / f"{i}.png") for i in range(4)], "text": texts(4)}
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(
-        tmp_path / "set" / "train.parquet"
-    )
-    first, _ = open_sources(hub_data(tmp_path / "set"), cache=tmp_path / "cache")
-    (tmp_path / "2.png").write_bytes(png((9, 0, 0)))
-    again, _ = open_sources(hub_data(tmp_path / "set"), cache=tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    names = [folder / f"{i}.picture" for i in range(4)]  # `datasets` would take .png for a set of pictures
+    for i, name in enumerate(names):
+        name.write_bytes(png((i, 0, 0)))
+    rows = {"image": list(map(str, names)), "text": texts(4)}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    table.to_parquet(folder / "train.parquet")
+    first, _ = open_sources(hub_data(folder), cache=tmp_path / "cache")
+    names[2].write_bytes(png((9, 0, 0)))
+    again, held_out = open_sources(hub_data(folder), cache=tmp_path / "cache")
     assert again.fingerprint() != first.fingerprint()
+    assert {red for red, _ in pairs(again) | pairs(held_out)} == {0, 1, 3, 9}
 
 
 def test_other_columns_are_not_decoded(tmp_path):

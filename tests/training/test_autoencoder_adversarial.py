@@ -359,6 +359,13 @@ def pretrained(tmp_path) -> Path:
     return tmp_path / "pretrained"
 
 
+def test_the_discriminator_counts_in_the_size_of_a_checkpoint(switched_on):
+    module = AutoencoderModule(fit.first_vae(switched_on), switched_on.autoencoder, seed=0)
+    sizes: list[int] = []
+    torch.utils._pytree.tree_map_only(Tensor, lambda tensor: sizes.append(tensor.nbytes), checkpoint(switched_on))
+    assert module.checkpoint_size == pytest.approx(sum(sizes), rel=0.01)
+
+
 def test_the_decoder_alone(pretrained, tmp_path, capsys):
     """The encoder, and with it every latent, is to the bit what it was; nothing is folded."""
     config = tiny_config(

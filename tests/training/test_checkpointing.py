@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent, and data, not code."""
 
+import errno
 import os
 import pickle
 import re
@@ -49,7 +50,9 @@ def test_what_is_written_is_read(io, tmp_path):
     read = io.load_checkpoint(path)
     assert torch.equal(read["state_dict"]["a"], CONTENT["state_dict"]["a"]) and read["global_step"] == 3
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
-    assert read_header(path) == ({"seed": 0}, 3, 0)
+    assert read_header(path) == ({"seed": 0}, 3, 0, None)
+    io.save_checkpoint({**CONTENT, "version": VERSION, "batch": 8}, path)
+    assert read_header(path) == ({"seed": 0}, 3, VERSION, 8)
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -263,6 +266,49 @@ def test_a_checkpoint_of_a_later_release_is_not_guessed_at(io, tmp_path):
         newest_whole(tmp_path)
     io.save_checkpoint({**CONTENT, "version": VERSION}, tmp_path / "last.ckpt")
     assert newest_whole(tmp_path)[1].step == 3
+
+
+def failing(error: Exception):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+CANNOT_MAP = RuntimeError("unable to mmap 4480 bytes from file <last.ckpt>: Cannot allocate memory (12)")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        *((OSError(number, os.strerror(number)), os.strerror(number))
+          for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EACCES, errno.EPERM)),
+        (MemoryError(), "Cannot allocate memory"),
+        (CANNOT_MAP, "Cannot allocate memory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["ldm.training.checkpointing._compare_checksums", "torch.load"])
+def test_a_fault_that_is_not_the_file_s_ends_the_run(io, tmp_path, monkeypatch, error, told, place):
+    """Else the run would go on behind it, and the next checkpoint take the place of a good one that is newer."""
+    for step in (3, 4):
+        io.save_checkpoint({**CONTENT, "global_step": step}, tmp_path / "last.ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing(error))
+        with pytest.raises(UserError, match=rf"last\.ckpt cannot be read now: {told}\. .*same command again$"):
+            newest_whole(tmp_path)
+    assert newest_whole(tmp_path)[1].step == 4
+    monkeypatch.setattr(place, failing(OSError(errno.EIO, "Input/output error")))  # of the file: the one before it
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be read: .*previous\.ckpt cannot be read: .*resume=never"):
+        newest_whole(tmp_path)
+
+
+def test_a_checkpoint_that_may_not_be_looked_at_is_not_taken_for_none(io, tmp_path, monkeypatch):
+    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "none") is None
+    io.save_checkpoint(CONTENT, tmp_path / "last.ckpt")
+    monkeypatch.setattr(Path, "stat", failing(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(UserError, match="cannot be read now: Permission denied"):
+        newest_whole(tmp_path)
 
 
 def test_room_is_looked_for_before_training(tmp_path, monkeypatch):

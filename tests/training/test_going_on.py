@@ -10,7 +10,8 @@ import torch
 from ldm.training import fit
 from ldm.training.checkpointing import newest_whole
 from probes import Stopped
-from runs import TINY, run_script, tiny_config
+from runs import TINY, TINY_OWN, run_script, tiny_config
+from sets import png, sidecar_folder
 from training_checks import assert_equal
 
 LONG = ["stages=[clip]", "clip.max_steps=7", "trainer.checkpoint_every=2"]
@@ -120,6 +121,29 @@ def test_a_changed_config_says_what_changed_and_how_to_start_anew(override, told
         "it anew over the old one (resume=never)\n"
     )
     assert files(tmp_path) == before
+
+
+def test_a_secret_in_what_decides_the_weights(tmp_path, monkeypatch, capsys):
+    """Another one is another config, and without the variable it is the same: the checkpoint has a digest of it."""
+
+    def train_on(name: str, *overrides: str) -> int:  # as a shell puts $SET_KEY into the command
+        said = [*TINY_OWN, *LONG, f"output_dir={tmp_path / 'out'}", "data=folder", f"data.path={tmp_path}/{name}"]
+        return run_script("train", *said, *overrides)
+
+    for name in ("cats-2024", "dogs-2024"):
+        sidecar_folder(tmp_path / name, [png((9 * i, 0, 0), (16, 16)) for i in range(12)], ["a star"] * 12)
+    monkeypatch.setenv("SET_KEY", "cats-2024")
+    with pytest.raises(Stopped):
+        train_on("cats-2024", CRASH)
+    [kept] = (tmp_path / "out").glob("*/checkpoints/clip/last.ckpt")
+    assert "cats-2024" not in repr(torch.load(kept, weights_only=True)["identity"])
+    monkeypatch.setenv("SET_KEY", "dogs-2024")
+    assert train_on("dogs-2024") == 2
+    told = re.search(r"data\.path: (\S+ sha256:\w+) then, (\S+ sha256:\w+) now", capsys.readouterr().err)
+    assert told and told[1] != told[2] and told[1].startswith(f"{tmp_path}/${{oc.env:SET_KEY}} ")
+    monkeypatch.delenv("SET_KEY")
+    assert train_on("cats-2024") == 0
+    assert "going on from step 6" in capsys.readouterr().out
 
 
 def test_both_ways_to_start_anew(last, tmp_path, capsys):

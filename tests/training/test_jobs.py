@@ -1,9 +1,11 @@
 """Sweeps by real launchers and processes: resumed, stopped, with jobs that fail and results that are shared."""
 
+import errno
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +133,7 @@ def test_submitit_keeps_what_it_writes_in_the_sweep_s_folder(tmp_path):
     assert "autoencoder  training" in (tmp_path / "sweep" / name(1) / "job.log").read_text()
 
 
+@pytest.mark.slow
 def test_optuna_is_told_of_failures_and_asks_for_the_same_when_it_resumes(tmp_path):
     search = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", f"{RATES}=choice(1,2,9)", "seed=0")
     code, out = sweep(tmp_path, *search)
@@ -282,6 +285,118 @@ def test_a_directory_in_use_is_waited_for_or_told(tmp_path):
     assert locks.in_use(tmp_path)
     with locks.held(tmp_path, wait=True):
         assert other.wait() == 0
+    assert not locks.in_use(tmp_path)
+
+
+def test_who_waited_for_a_directory_that_was_removed_holds_the_new_one(tmp_path, monkeypatch):
+    """The one inside fails, and takes the directory with it while another waits; a third comes."""
+    run_dir, waits = tmp_path / "a" / "run", []
+
+    def fail(seconds):
+        waits.append(seconds)
+        (run_dir / "config.yaml").touch()
+        first.__exit__(UserError, UserError("no"), None)
+        assert not (tmp_path / "a").exists()
+
+    monkeypatch.setattr(locks.time, "sleep", fail)
+    first = locks.held(run_dir)
+    first.__enter__()
+    with pytest.raises(UserError, match="mine"), locks.held(run_dir, wait=True):
+        assert len(waits) == 1 and f"process {os.getpid()} " in (run_dir / ".lock").read_text()
+        with pytest.raises(UserError, match="is in use by process"), locks.held(run_dir):
+            raise AssertionError
+        raise UserError("mine")
+    assert not list(tmp_path.iterdir())  # it had made it anew
+
+
+def test_a_directory_that_somebody_else_made_anew_stays(tmp_path):
+    run_dir = tmp_path / "run"
+    with pytest.raises(UserError, match="no"), locks.held(run_dir):
+        shutil.rmtree(run_dir)  # by hand
+        second = locks.held(run_dir)
+        second.__enter__()
+        (run_dir / "theirs").touch()
+        raise UserError("no")
+    assert (run_dir / "theirs").exists() and locks.in_use(run_dir)
+    second.__exit__(None, None, None)
+
+
+def test_a_directory_goes_before_its_lock_does(tmp_path, monkeypatch):
+    """Nobody is inside a directory that another process is removing."""
+    run_dir, removed = tmp_path / "run", []
+    unlink = Path.unlink
+
+    def slow(path, missing_ok=False):
+        removed.append(path.name)
+        if path.name != ".lock":
+            with pytest.raises(UserError, match="is in use"), locks.held(run_dir):
+                raise AssertionError
+        unlink(path, missing_ok)
+        if path.name == ".lock":
+            (run_dir / "theirs").touch()  # somebody came in
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    with pytest.raises(UserError, match="no"), locks.held(run_dir):
+        for name in ("a", "z"):
+            (run_dir / name).touch()
+        raise UserError("no")
+    assert removed[-1] == ".lock" and sorted(removed) == [".lock", "a", "z"]
+    assert [path.name for path in run_dir.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "open"])
+def test_a_folder_that_goes_while_a_lock_is_opened(tmp_path, monkeypatch, moment):
+    path, real = tmp_path / "a" / ".lock", getattr(Path, moment)
+    faults = [FileNotFoundError(2, "no"), FileExistsError(17, "was there"), FileNotFoundError(2, "no")]
+
+    def gone(self, *args, **options):
+        if faults:
+            raise faults.pop()
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, moment, gone)
+    with locks.turn(path, "mine", None):
+        assert path.exists()
+    faults += [FileNotFoundError(2, "No such file")] * 1000
+    with pytest.raises(UserError, match="a cannot be written: No such file"), locks.turn(path, "mine", None):
+        raise AssertionError
+
+
+def test_one_is_inside_at_a_time_whoever_fails(tmp_path):
+    """Processes that come and go as fast as they can, each of which removes what it made."""
+    code = f"""
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from ldm.errors import UserError
+from ldm.training import locks
+locks.LOOK, locks.say = 0.001, lambda text: None
+folder = Path({str(tmp_path)!r})
+for i in range(1000):
+    try:
+        kind = locks.turn(folder / "b/.lock", "", lambda _: nullcontext(lambda _: None)) if i % 2 else None
+        with kind or locks.held(folder / "a/run", wait=True):
+            inside = folder / "b/inside" if kind else folder / "a/run/inside"
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+            inside.unlink()
+            raise UserError
+    except UserError as error:
+        assert not str(error), error
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_disk_without_locks(tmp_path, monkeypatch, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    told = rf"is on a disk without file locks: {os.strerror(number)}\. .*output_dir="
+    for kind in (locks.held(tmp_path), locks.turn(tmp_path / ".lock", "", None)):
+        with pytest.raises(UserError, match=told), kind:
+            raise AssertionError
     assert not locks.in_use(tmp_path)
 
 

@@ -56,6 +56,21 @@ def test_rows_that_will_be_trained_again_are_dropped(logger):
     assert not [row for row in rows(logger.path) if row[0].startswith("a/")]
 
 
+def test_figures_are_whole_while_rows_are_dropped(logger, monkeypatch):
+    logger.log_metrics({"a/loss": 1.0}, step=3)
+    before = logger.path.read_bytes()
+
+    def killed(old, new):
+        assert Path(old).name.startswith(".") and Path(old).name.endswith(".tmp")  # so that the next start removes it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        logger.drop_from("a/", 0)
+    assert logger.path.read_bytes() == before
+    assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.csv"]
+
+
 def test_dropping_where_there_is_nothing(logger):
     logger.drop_from("a/", 0)
     assert not logger.path.exists()

@@ -1,7 +1,9 @@
 """Metrics in the course of training: what is logged, that nothing else changes, and what is refused."""
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,19 @@ def test_what_goes_wrong_in_drawing_does_not_end_training(tmp_path, monkeypatch,
     stages.run(tiny_config(tmp_path, "evaluation.metrics=[prompt_accuracy]"))
     assert "not measured after step 3: the latents are not finite" in capsys.readouterr().out
     assert (tmp_path / "shapes" / "model" / "model_index.json").exists()
+
+
+def test_a_full_disk_ends_the_run_and_the_one_that_goes_on_measures_again(measured, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, *MEASURED)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+
+        def full(subject):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setitem(measuring.METRICS, "cmmd", full)
+        stages.run(config)
+    stages.run(config)
+    assert rows(tmp_path / "shapes") == rows(measured)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,32 @@ def test_a_longer_run_goes_on_from_the_end_of_the_shorter(tmp_path, capsys):
     assert rates == pytest.approx([lr * (1 - step / 10) for step in range(5, 11)], abs=1e-12)
 
 
+def test_a_longer_run_has_its_figures_at_the_steps_of_one_that_was_never_shorter(tmp_path):
+    found = []
+    for name, lengths in (("direct", [8]), ("extended", [4, 8])):
+        for length in lengths:
+            told = [f"name={name}", "optim.schedule=constant", "trainer.val_every=2", f"trainer.max_steps={length}"]
+            config = tiny_config(tmp_path, *told)
+            stages.run(config)
+        steps = {step for metric, step in rows(config, "diffusion") if metric == "diffusion/val_loss"}
+        found.append((steps, rows(config, "diffusion")["diffusion/val_loss", "7"]))
+    assert found[0][0] == {"1", "3", "5", "7"} and found[0] == found[1]
+
+
+def test_another_accumulation_takes_whole_steps_from_where_the_run_stands(tmp_path):
+    """Three steps of one batch of 8, then of two of 4: the fourth is of two batches, and validated in its turn."""
+    record = "+callbacks.record={_target_: probes.Record}"
+    common = ["optim.schedule=constant", "trainer.val_every=2", record]
+    stages.run(tiny_config(tmp_path, *common, "trainer.max_steps=3"))
+    Record.rows.clear()
+    halves = ["trainer.max_steps=6", "data.batch_size=4", "trainer.accumulate_grad_batches=2"]
+    config = tiny_config(tmp_path, *common, *halves)
+    stages.run(config)
+    assert [row["step"] for row in Record.rows if row["stage"] == "diffusion"] == [3, 4, 4, 5, 5, 6]
+    steps = {step for metric, step in rows(config, "diffusion") if metric == "diffusion/val_loss"}
+    assert {"3", "5"} <= steps
+
+
 def test_the_first_step_of_a_longer_run_has_its_own_rate(tmp_path):
     stages.run(tiny_config(tmp_path, "optim.schedule=linear", "trainer.max_steps=2", "optim.lr=0.01"))
     before = checkpoint(tiny_config(tmp_path), "diffusion")["state_dict"]

@@ -18,7 +18,7 @@ from ldm.sweep import last_values
 from ldm.training import fit, stages
 from ldm.training.jobs import sweep_name
 from ldm.training.stages import is_done, result_folder, stage_key
-from runs import ROOT, TINY, run_script, tiny_config
+from runs import ROOT, TINY, run_script, tiny_config, tiny_own_config
 
 STAGES = ("autoencoder", "clip", "diffusion")
 
@@ -212,8 +212,20 @@ def test_another_config_in_the_same_directory_is_told_and_touches_nothing(finish
     message = str(error.value)
     assert "optim.lr: " in message and "0.123 now" in message and "diffusion.ema_decay: 0.999 then, 0.5 now" in message
     assert "batch_size: 8 then, 4 now" in message and "name=…" in message and "resume=never" in message
+    with pytest.raises(UserError, match=r"another config \(batch_size: 8 then, 4 now\)"):
+        stages.run(tiny_config(root, "data.batch_size=4"))
     after = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
     assert before == after
+
+
+def test_a_result_is_recorded_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("SET_KEY", "hidden-cats")
+    config = tiny_own_config(tmp_path, "data.path=/sets/hidden-cats")
+    stages.record_result(config, "clip", tmp_path, "pictures")
+    record = (tmp_path / "stage.json").read_text()
+    assert "hidden-cats" not in record and "/sets/${oc.env:SET_KEY}" in record
+    monkeypatch.delenv("SET_KEY")
+    assert stage_key(config, "clip") in record
 
 
 def test_resume_never_trains_it_anew_over_the_old_one(finished, tmp_path, capsys):
@@ -285,6 +297,29 @@ def test_a_result_that_another_run_finished_first_is_left_alone(tmp_path, monkey
     monkeypatch.setattr(fit, "_fit", slower)
     stages.run(config)
     assert (result_folder(config, "clip") / "theirs").exists()
+
+
+def test_all_of_a_result_is_on_the_disk_when_it_is_done(finished, tmp_path, monkeypatch):
+    """Those of our own stages are linked; a pretrained text encoder's tokenizer is written by another library."""
+    flushed, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.add(os.fstat(number).st_ino), fsync(number)))
+    model = Path(finished.run_dir) / "model"
+    for overrides in ([], [f"+text_encoder.pretrained={model}", "stages=[autoencoder,diffusion]", "name=other"]):
+        config = tiny_config(tmp_path, *overrides)
+        stages.run(config)
+        files = [path for path in (Path(config.run_dir) / "model").rglob("*") if path.is_file()]
+        files += [path for path in (tmp_path / "stages").rglob("*") if path.is_file()]
+        assert {"tokenizer.json", ".vae", "stage.json"} <= {path.name for path in files}
+        assert [path for path in files if path.stat().st_ino not in flushed] == []
+
+
+def test_a_link_that_was_cut_short_is_made_again(finished, tmp_path):
+    result, model = result_folder(finished, "autoencoder"), tmp_path / "model"
+    (model / ".vae.x.tmp").mkdir(parents=True)
+    stages._link_result(result, model, "vae")
+    stages._link_result(result, model, "vae")
+    assert sorted(path.name for path in model.iterdir()) == [".vae", "vae"]
+    assert (model / ".vae").read_text() == result.name
 
 
 # ----------------------------------------------------------------------------------------------------- one at a time
@@ -392,6 +427,7 @@ def test_names_of_jobs_are_file_names_that_ckpt_can_take():
         assert "=" not in name and not name.startswith("..")
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_one_vae_and_one_clip(tmp_path, capsys):
     arguments = ["-m", *TINY, f"output_dir={tmp_path}", "optim.lr=1e-3,2e-3"]
     assert run_script("train", *arguments) == 0

@@ -3,6 +3,10 @@
 B batch.
 """
 
+import atexit
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +106,7 @@ class DataModule(pl.LightningDataModule):
             batch_sampler=batches,
             collate_fn=_whole,
             num_workers=num_workers,
+            worker_init_fn=LeaveSignalsToParent() if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=on_gpu and not comes_from_there,
         )
@@ -112,6 +117,22 @@ class Failure:
     """What went wrong in a loader process: an exception from there would come wrapped in a traceback, or not at all."""
 
     reason: str
+
+
+class LeaveSignalsToParent:
+    """Let a loader process pass over what is sent to all processes of a run: its parent stops, and ends it then.
+
+    Called in the loader process, when it begins.
+    """
+
+    def __init__(self) -> None:
+        self._parent_ends = multiprocessing.Event()
+        atexit.register(self._parent_ends.set)  # runs before `multiprocessing` sends SIGTERM, and waits
+
+    def __call__(self, worker: int) -> None:
+        for signum in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if self._parent_ends.is_set() else None)
 
 
 class Guarded(Dataset[Any]):

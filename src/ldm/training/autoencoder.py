@@ -201,6 +201,12 @@ class AutoencoderModule(StageModule):
         trained = nn.ModuleList([self.network, nn.ParameterList([self.logvar])])
         return build_optimizer(trained, self.optim, self.max_steps)
 
+    @property
+    def checkpoint_size(self) -> int:
+        """About the bytes of a checkpoint in float32, with the discriminator and the two moments of its Adam."""
+        judge = self.discriminator.parameters() if self.discriminator is not None else ()
+        return super().checkpoint_size + 4 * 3 * sum(p.numel() for p in judge)
+
     def on_fit_start(self) -> None:
         for lpips in self.frozen:
             lpips.to(self.device)

@@ -4,13 +4,14 @@ import os
 import shutil
 import zipfile
 from collections.abc import Sequence
+from errno import EACCES, EMFILE, ENFILE, ENOMEM, EPERM, ESTALE
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loops.evaluation_loop import RestartStage
+from pytorch_lightning.loops import evaluation_loop, training_epoch_loop
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.errors import UserError
@@ -74,7 +75,8 @@ class SaveCheckpoint(pl.callbacks.Checkpoint):
 
     Of several batches that make a step only the last ends it: a checkpoint from in between would hold the step before
     and a place in the data that is not. Lightning's own `ModelCheckpoint` writes there once a run has gone on from a
-    step that is due, since it does not know that this one is there already.
+    step that is due, since it does not know that this one is there already; and it writes before the step's figures are
+    logged, which a run that goes on from there would lack.
 
     A step's validation comes after its checkpoint, so that nothing is lost where validating fails; a run that goes on
     from there begins with it. The last step's checkpoint is not written here but when all is done.
@@ -87,30 +89,57 @@ class SaveCheckpoint(pl.callbacks.Checkpoint):
     def __init__(self, path: Path, every: int) -> None:
         super().__init__()
         self.path, self.every = path, every
-        self._last_step = -1
+        self._last_step, self._due = -1, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._last_step = trainer.global_step
-        if validation_is_due(trainer):
-            loop = trainer.fit_loop.epoch_loop
-            if loop.restarted_on_train_batch_end:  # Lightning would take the validation of this step for done
-                loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-                loop.val_loop.restarting = False
-                loop._batches_that_stepped -= 1  # it counts one for a batch that ends and one for the validation
-                drop_rows(trainer, f"{pl_module.stage}/val_", trainer.global_step - 1)
+        if trainer.global_step and go_on_after_step(trainer, pl_module.validated):
+            drop_rows(trainer, f"{pl_module.stage}/val_", trainer.global_step - 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self._last_step:
-            return
-        self._last_step = trainer.global_step
-        if trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps:
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._due = trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._save(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self._due:
+            self._due = False
             trainer.save_checkpoint(self.path)
 
 
-def validation_is_due(trainer: pl.Trainer) -> bool:
-    """Tell whether a run validates after the step that it stands at."""
-    batches = trainer.global_step * trainer.accumulate_grad_batches
-    return batches > 0 and batches % int(trainer.val_check_interval or 1) == 0
+def go_on_after_step(trainer: pl.Trainer, validated: bool) -> bool:
+    """Set Lightning's counters to what they are when the step that a run goes on from is done.
+
+    They come from a checkpoint that was written somewhere in the course of that step, or by a run with other batches to
+    a step, and Lightning's own corrections know neither of these. Called when training starts.
+
+    Args:
+        trainer: whose checkpoint has been read.
+        validated: whether the validation of that step, where there is one, was done.
+
+    Returns:
+        Whether it is done now, before the next step.
+    """
+    loop, step = trainer.fit_loop.epoch_loop, trainer.global_step
+    num_batches = step * trainer.accumulate_grad_batches
+    counts: list[Any] = [loop.batch_progress.current, loop.batch_progress.total]
+    for progress in counts:
+        progress.ready = progress.started = progress.processed = progress.completed = num_batches
+    is_due = num_batches % int(trainer.val_check_interval or 1) == 0
+    loop._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
+    stage = evaluation_loop.RestartStage
+    now = is_due and not validated and loop.restarting
+    loop.val_loop._restart_stage = stage.RESTARTED_MID_EVALUATION if now else stage.NONE
+    loop.val_loop.restarting = False
+    # A loop that restarts where a validation is due passes through the end of that step once more, and counts it.
+    loop._batches_that_stepped = step - (is_due and loop.restarting)
+    return now
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -146,6 +175,14 @@ class LaterRelease(UserError):
     """A checkpoint that only a later release of ldm knows how to read."""
 
 
+class NotNow(UserError):
+    """A checkpoint that may be whole and cannot be read now, for want of memory, open files or permission."""
+
+
+# What says nothing about a file's content.
+PASSING = (EACCES, EMFILE, ENFILE, ENOMEM, EPERM, ESTALE)
+
+
 def newest_whole(folder: Path) -> tuple[Path, Header, Sequence[str]] | None:
     """Find the checkpoint to go on from: `last.ckpt`, or where that is damaged the one before it.
 
@@ -153,17 +190,18 @@ def newest_whole(folder: Path) -> tuple[Path, Header, Sequence[str]] | None:
         Its path, what it says of itself, and what is wrong with newer ones; None where there is no checkpoint.
 
     Raises:
-        UserError: there are checkpoints, and none is whole; or the newest is of a later release.
+        UserError: there are checkpoints, and none is whole; or the newest is of a later release, or cannot be read now.
     """
     faults: list[str] = []
     for path in (folder / "last.ckpt", folder / PREVIOUS):
-        if path.exists():
-            try:
-                return path, read_header(path), faults
-            except LaterRelease:  # whole, and farther than the one before
-                raise
-            except UserError as error:
-                faults.append(str(error))
+        try:
+            return path, read_header(path), faults
+        except FileNotFoundError:
+            continue
+        except (LaterRelease, NotNow):  # farther than the one before, and the next to be written would take its place
+            raise
+        except UserError as error:
+            faults.append(str(error))
     if faults:
         raise UserError("; ".join([*faults, "to start anew over it: resume=never"]))
     return None
@@ -173,7 +211,8 @@ def read_header(path: Path) -> Header:
     """Read what a checkpoint says of itself; all of it is compared with its checksums.
 
     Raises:
-        UserError: it is damaged, of another kind, of a later version, or holds more than data.
+        UserError: it is damaged, of another kind, of a later version, holds more than data, or cannot be read now.
+        FileNotFoundError: it is not there.
     """
     try:
         stat = path.stat()
@@ -186,7 +225,14 @@ def read_header(path: Path) -> Header:
             dict(content["identity"]), int(content["global_step"]), int(content.get("version", 0)),
             None if of_step is None else int(of_step),
         )  # fmt: skip
+    except FileNotFoundError:
+        raise
     except Exception as error:  # a zip, a pickle or its content: torch raises something else for each
+        if passing := _passing(error):
+            raise NotNow(
+                f"{path} cannot be read now: {passing}. It may well be whole, and no older one takes its place: mend "
+                "that, and give the same command again"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read: {reason}") from error
     if header.version > VERSION:
@@ -195,6 +241,16 @@ def read_header(path: Path) -> Header:
             f"{VERSION}): go on with that release"
         )
     return header
+
+
+def _passing(error: Exception) -> str | None:
+    """Say what keeps a file from being read that is not the file's fault; None where it may be."""
+    if isinstance(error, MemoryError):
+        return os.strerror(ENOMEM)
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in PASSING else None
+    told = str(error) if isinstance(error, RuntimeError) else ""  # torch opens and maps the file itself
+    return next((reason for reason in map(os.strerror, PASSING) if reason in told), None)
 
 
 @lru_cache

@@ -20,6 +20,7 @@ from ldm.files import written_atomically
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.plugins import build
 from ldm.ranks import meet, part, say, say_once
+from ldm.redact import fingerprinted, is_same
 from ldm.training.autoencoder import AutoencoderModule, latent_statistics
 from ldm.training.checkpointing import (
     PREVIOUS,
@@ -51,6 +52,7 @@ from ldm.training.optim import build_optimizer
 from ldm.training.peers import Watch
 from ldm.training.posthoc import SaveAverages
 from ldm.training.sharding import FSDP
+from ldm.training.signals import CODES
 from ldm.training.stages import (
     PARTS,
     is_done,
@@ -183,7 +185,8 @@ def fit_diffusion(config: TrainConfig, place: Path, begin: Begin) -> None:
             save_network(vae, place / "vae")
         if config.text_encoder.pretrained:
             save_network(conditioner.text_tower, place / "text_encoder")
-            conditioner.tokenizer.save_pretrained(place / "tokenizer")
+            with written_atomically(place / "tokenizer") as folder:
+                conditioner.tokenizer.save_pretrained(folder)
         save_network(unet, place / PARTS["diffusion"])
         save_pipeline_index(place, schedule, config.diffusion.prediction_type, config.sampling.model_dump())
         record_result(config, "diffusion", place, feed.content)
@@ -248,7 +251,7 @@ def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callb
                 SaveCheckpoint(path, options.checkpoint_every),
                 *(build(node.node()) for node in config.callbacks.values()),
                 *callbacks,
-                StopOnSignal(path),  # after all that a step brings with it
+                StopOnSignal(path),  # after all that the end of training brings with it
             ],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=config.run_dir,
@@ -278,7 +281,8 @@ def _fit(
 ) -> pl.Trainer:
     """Fit a stage, from its checkpoint on where there is one of the same config; leave a checkpoint of the end."""
     trainer = trainer or build_trainer(config, module)
-    module.identity = {**_identity(config, module.stage), "pictures": datamodule.content}
+    identity = {key: fingerprinted(value) for key, value in _identity(config, module.stage).items()}
+    module.identity = {**identity, "pictures": datamodule.content}
     module.max_skipped = config.trainer.max_skipped
     if not isinstance(trainer.strategy, FSDP) and any(isinstance(part, nn.Conv2d) for part in module.network.modules()):
         module.to(memory_format=torch.channels_last)
@@ -303,8 +307,10 @@ def _fit(
     except Stopped as stopped:
         part()
         raise SystemExit(stopped.code) from None
-    except SystemExit as ended:  # Lightning's answer to a signal before ours is listened for, as if all were well
-        if isinstance(ended, SIGTERMException):
+    except SystemExit as ended:
+        if ended.code in CODES.values():  # a signal outside of training
+            raise
+        if isinstance(ended, SIGTERMException):  # Lightning's answer to one, as if all were well
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
     trainer.save_checkpoint(path)
@@ -316,7 +322,7 @@ def checkpoint_path(config: TrainConfig, stage: Stage) -> Path:
 
 
 def _identity(config: TrainConfig, stage: Stage) -> dict[str, Any]:
-    """Return what must be the same for a checkpoint to go on: a stage's inputs, less its length."""
+    """Return what must be the same for a checkpoint to go on: a stage's inputs, less its length, secrets among them."""
     inputs = stage_inputs(config, stage)
     return {key: value for key, value in _flat(inputs) if not key.endswith("max_steps")}
 
@@ -355,11 +361,13 @@ def _resume_from(
             f"{path} was trained on other pictures or captions than are there now, going on would be another run. "
             f"{mend}"
         )
-    changed = [key for key in then.keys() | wanted.keys() if then.get(key) != wanted.get(key)]
-    if header.batch is not None and batch in (None, header.batch):
-        changed = [key for key in changed if key.rpartition(".")[2] not in ("batch_size", "accumulate_grad_batches")]
+    changed = {key for key in then.keys() | wanted.keys() if not is_same(then.get(key), wanted.get(key))}
+    shared_out = {key for key in changed if key.rpartition(".")[2] in ("batch_size", "accumulate_grad_batches")}
+    if header.batch is not None and (batch == header.batch or (batch is None and changed == shared_out)):
+        changed -= shared_out
     if changed:
-        there = [(key, then.get(key, "not there"), wanted.get(key, "not there")) for key in sorted(changed)[:5]]
+        now_there = {key: fingerprinted(value) for key, value in wanted.items()}
+        there = [(key, then.get(key, "not there"), now_there.get(key, "not there")) for key in sorted(changed)[:5]]
         told = "; ".join(f"{key}: {before} then, {now} now" for key, before, now in there)
         older = "It is of an earlier release of ldm, which can go on with it. " if header.version < VERSION else ""
         more = "; …" if len(changed) > 5 else ""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ from ldm.training.locks import in_use
 from ldm.training.stages import STOP_FILE, missing_stages, optimized, run
 
 SCRIPT = "LDM_SWEEP_SCRIPT"  # in the environment of what runs a sweep's jobs: the script to run them by
+WRITTEN_BY_HYDRA = "multirun.yaml"  # in a sweep's folder: the config with all that it holds
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOOK = 0.2  # seconds between looks at a job
 ERROR_LINES = 8  # of what a failed job says, that the summary repeats
@@ -50,6 +52,7 @@ def run_from_hydra(composed: Any) -> float | None:
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
+        Path(hydra.sweep.dir, WRITTEN_BY_HYDRA).unlink(missing_ok=True)
         composed.run_dir = str(Path(composed.run_dir) / sweep_name(redacted(overrides)))
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
@@ -101,6 +104,7 @@ class Sweep(Callback):
         os.environ[STOP_FILE], os.environ[SCRIPT] = str(_stop), str(Path(sys.argv[0]).absolute())
         self._before = {signum: signal.signal(signum, _on_signal) for signum in SIGNALS}
         _settle_search(config)
+        _write_nothing(Path(config.hydra.sweep.dir, WRITTEN_BY_HYDRA))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         for signum, handler in self._before.items():
@@ -115,6 +119,14 @@ class Sweep(Callback):
         if failed:
             say_failures(failed)
             raise SystemExit(1)
+
+
+def _write_nothing(path: Path) -> None:
+    """Let what a sweeper writes there go nowhere: there may be secrets in it. The first job takes the file away."""
+    with suppress(OSError):  # a file system without links: the file is there until then
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(os.devnull)
 
 
 def _settle_search(config: DictConfig) -> None:

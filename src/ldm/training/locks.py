@@ -5,15 +5,16 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ldm.errors import UserError
 from ldm.ranks import main_process, say
 
 LOOK = 0.5  # seconds between looks at a lock that another process holds
+TRIES = 100  # to open a lock file whose folder other processes remove
 Waiting = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
@@ -28,37 +29,27 @@ def held(run_dir: Path, wait: bool = False) -> Iterator[None]:
         wait: for another run that holds it, in place of an error.
 
     Raises:
-        UserError: another run holds it (says who), or it cannot be written.
+        UserError: another run holds it (says who), or it cannot be written, or its disk knows no locks.
     """
     if not main_process():  # launched by the process that holds it
         yield
         return
-    try:
-        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the run directory {run_dir} cannot be written: {error.strerror}") from error
-    with file:
-        if not _taken(file):
-            holder = _read(file) or "another process"
-            if not wait:
-                raise UserError(
-                    f"{run_dir} is in use by {holder}; wait for it, stop it, or give this run its own name=…"
-                ) from None
-            say(f"{run_dir} is in use by {holder}; waiting for it")
-            while not _taken(file):
-                time.sleep(LOOK)
-        _sign(file, _this_process())
+    path = run_dir / ".lock"
+    if (lock := _opened_and_taken(path)) is None:
+        holder = said_by_holder(path).strip() or "another process"
+        if not wait:
+            raise UserError(f"{run_dir} is in use by {holder}; wait for it, stop it, or give this run its own name=…")
+        say(f"{run_dir} is in use by {holder}; waiting for it")
+        while (lock := _opened_and_taken(path)) is None:
+            time.sleep(LOOK)
+    with lock.file:
+        _sign(lock.file, _this_process())
         try:
             yield
         except UserError:
             worth_keeping = (run_dir / name for name in ("checkpoints", "quarantine.txt"))
-            if run_dir in made and not any(path.exists() for path in worth_keeping):
-                shutil.rmtree(run_dir)
-                for folder in made[1:]:
-                    with suppress(OSError):  # something else lies in it by now
-                        folder.rmdir()
+            if run_dir in lock.made and _lies_at(lock.file, path) and not any(each.exists() for each in worth_keeping):
+                _remove(path, lock.made)
             raise
 
 
@@ -67,7 +58,7 @@ def in_use(run_dir: Path) -> bool:
     try:
         with (run_dir / ".lock").open("r+") as file:
             return not _taken(file)
-    except OSError:
+    except (OSError, UserError):
         return False
 
 
@@ -79,18 +70,22 @@ def turn(path: Path, mine: str, waiting: Waiting) -> Iterator[None]:
         path: of the lock file; its folder is made.
         mine: what the others read of this process in the meantime.
         waiting: called with what the holder says of itself where there is one; gives what to call again and again.
+
+    Raises:
+        UserError: the file cannot be made, or its disk knows no locks.
     """
-    if (file := _opened_and_taken(path)) is None:
+    if (lock := _opened_and_taken(path)) is None:
         with waiting(said_by_holder(path)) as look:
-            while (file := _opened_and_taken(path)) is None:
+            while (lock := _opened_and_taken(path)) is None:
                 look(said_by_holder(path))
                 time.sleep(LOOK)
-    with file:
-        _sign(file, f"{mine}\n{_this_process()}")
+    with lock.file:
+        _sign(lock.file, f"{mine}\n{_this_process()}")
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if _lies_at(lock.file, path):  # and not one that took the place of a removed one
+                path.unlink()
             with suppress(OSError):  # there is something in it
                 path.parent.rmdir()
 
@@ -103,20 +98,35 @@ def said_by_holder(path: Path) -> str:
         return ""
 
 
-def _opened_and_taken(path: Path) -> IO[str] | None:
+class _Lock(NamedTuple):
+    file: IO[str]
+    made: list[Path]  # folders that were not there before it, the innermost first
+
+
+def _opened_and_taken(path: Path) -> _Lock | None:
+    """Take a lock file, made where it is not there; None where another process holds it."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # whoever was inside has removed the folder in the meantime
-            continue
-        if not _taken(file):
-            file.close()
+        lock = _opened(path)
+        if not _taken(lock.file):
+            lock.file.close()
             return None
-        with suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        file.close()  # the one before has removed it in the meantime
+        if _lies_at(lock.file, path):
+            return lock
+        lock.file.close()  # the one before has removed it in the meantime
+
+
+def _opened(path: Path) -> _Lock:
+    for left in reversed(range(TRIES)):
+        try:
+            made = [folder for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return _Lock(path.open("a+", encoding="utf-8"), made)
+        except OSError as error:
+            # Whoever was inside may remove the folder at any moment: before it is there, between mkdir's two looks at
+            # it, and before the file is.
+            if not left or not isinstance(error, FileNotFoundError | FileExistsError):
+                raise UserError(f"{path.parent} cannot be written: {error.strerror}") from error
+    raise AssertionError
 
 
 def _taken(file: IO[str]) -> bool:
@@ -124,12 +134,34 @@ def _taken(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
     except BlockingIOError:
         return False
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"{Path(file.name).parent} is on a disk without file locks: {error.strerror}. Choose another place "
+            "(output_dir=…)"
+        ) from error
     return True
 
 
-def _read(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read().strip()
+def _lies_at(file: IO[str], path: Path) -> bool:
+    """Tell whether an open file is the one that a path names: it may have been removed, and made anew."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path, made: Sequence[Path]) -> None:
+    """Remove the folder of a lock file that this process holds; the file last, since who finds none goes in."""
+    for each in path.parent.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        elif each != path:
+            each.unlink()
+    path.unlink()
+    for folder in made:
+        with suppress(OSError):  # something else lies in it by now
+            folder.rmdir()
 
 
 def _sign(file: IO[str], text: str) -> None:

@@ -1,6 +1,7 @@
 """Where figures go: `metrics.csv`, readable at any moment, and Weights & Biases."""
 
 import csv
+import io
 import sys
 import time
 import uuid
@@ -12,6 +13,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm.errors import UserError
+from ldm.files import file_written_atomically
 from ldm.redact import redacted
 
 
@@ -66,10 +68,10 @@ class MetricsCSV(Logger):
         with self.path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS)]  # less: cut short by a crash
         kept = [row for row in rows[1:] if not (row[0].startswith(prefix) and int(row[1]) >= step)]
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([self.COLUMNS, *kept])
-        temporary.replace(self.path)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([self.COLUMNS, *kept])
+        with file_written_atomically(self.path) as out:
+            out.write(text.getvalue().encode())
 
 
 def drop_rows(trainer: pl.Trainer, prefix: str, step: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.config import EvaluateConfig, TrainConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, full_disk
 from ldm.evaluation.asking import name
 from ldm.evaluation.evaluate import METRICS, check_subject
 from ldm.evaluation.plots import best
@@ -26,7 +26,8 @@ class Measure(pl.Callback):
     `diffusion/<metric>` is the figure of the best setting; where several are compared each has a row of its own too,
     `diffusion/<metric>/guidance 3`. The weights in training have `_raw` after the metric's name, unseen pairs of
     prompt_accuracy `_unseen`. Prompts and noise are the same every time. The first rank draws, the others wait. What
-    goes wrong in drawing is told and leaves the training alone.
+    goes wrong in drawing is told and leaves the training alone; a full disk ends it, and the run that goes on measures
+    that step again.
 
     Args:
         config: the run's.
@@ -72,7 +73,9 @@ class Measure(pl.Callback):
             with busy("measuring"):
                 for weights, unet in wholes.items():
                     figures |= self._measured(pl_module, unet, weights, step)
-        except (UserError, OSError) as error:  # latents that are not finite, a full disk: training may be well
+        except (UserError, OSError) as error:  # such as latents that are not finite: training may be well
+            if full_disk(error):  # figures that belong to this step would be missing for good
+                raise
             print(f"  not measured after step {step}: {error}", flush=True)
             return
         for logger in trainer.loggers:

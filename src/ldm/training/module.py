@@ -79,6 +79,7 @@ class StageModule(pl.LightningModule):
         max_skipped: optimizer steps that may be left out because something in them is not finite; None looks at none.
         num_skipped: so many have been.
         stepped: whether the last optimizer step changed the weights.
+        validated: of the step that a run goes on from, whether its validation was done, where there is one.
         share: this rank and the number of ranks that a step's draws are made for.
         batch: samples of an optimizer step, of all micro-batches and ranks.
     """
@@ -106,6 +107,7 @@ class StageModule(pl.LightningModule):
         self.optim, self.max_steps, self.seed = optim, max_steps, seed
         self.max_skipped: int | None = None
         self.num_skipped, self.stepped = 0, True
+        self.validated = True
         self.share, self.batch, self._samples = (0, 1), 1, 0
         self._micro_batch = 0
         self._captions: list[Sequence[str] | None] = []  # of each micro-batch of this step, where it holds them
@@ -139,8 +141,10 @@ class StageModule(pl.LightningModule):
         checkpoint["identity"] = self.identity
         checkpoint["num_skipped"] = self.num_skipped
         checkpoint["batch"], checkpoint["samples"] = self.batch, self.samples
+        checkpoint["validated"] = not self.trainer.validating
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.validated = bool(checkpoint.get("validated", True))
         self.num_skipped = int(checkpoint.get("num_skipped", 0))
         step = int(checkpoint["global_step"])
         self._samples = int(checkpoint.get("samples", step * self.batch)) - step * self.batch

@@ -23,12 +23,13 @@ from ldm.cli import nearest
 from ldm.config import STAGES, ShapesData, Stage, TrainConfig
 from ldm.data.shapes import VERSION as SHAPES_VERSION
 from ldm.errors import UserError
-from ldm.files import file_written_atomically, load_json, remove_unfinished, save_json
+from ldm.files import file_written_atomically, load_json, remove_unfinished, save_json, written_atomically
 from ldm.progress import progress
 from ldm.ranks import busy, main_process, say
 from ldm.redact import redacted
 from ldm.sweep import last_step, last_values, ranked_by
 from ldm.training.locks import held, said_by_holder, turn
+from ldm.training.signals import ending_on_signals
 
 RESULT = "stage.json"  # beside a stage's result: the config that it was trained with
 STOP_FILE = "LDM_SWEEP"  # in the environment of a sweep's jobs: the file that tells them to stop
@@ -50,12 +51,12 @@ def run(config: TrainConfig, overrides: Sequence[str] = ()) -> float | None:
     if config.data.cache == "build":
         from ldm.training.feed import build_cache
 
-        with held(run_dir):
+        with held(run_dir), ending_on_signals():
             build_cache(config)
         return None
     if "diffusion" in missing_stages(config):
         check_stages(config)
-    with held(run_dir, wait=STOP_FILE in os.environ):
+    with held(run_dir, wait=STOP_FILE in os.environ), ending_on_signals():
         if missing := missing_stages(config):
             from ldm.training.fit import check_at_the_door
 
@@ -109,8 +110,9 @@ def _fit_stage(stage: Stage, config: TrainConfig, run_dir: Path, overrides: Sequ
         say(f"{stage:12} training, {stage_steps(config, stage)} steps")
 
     place, started = result_folder(config, stage), time.monotonic()
-    if main_process():  # which alone writes, and holds both places
-        remove_unfinished([*run_dir.rglob(".*"), *place.parent.glob(f".{place.name}.*")])
+    if main_process():  # which alone writes there, and holds both places
+        mine = [path for name in ("checkpoints", "model", "samples") for path in (run_dir / name).rglob(".*")]
+        remove_unfinished([*mine, *place.parent.glob(f".{place.name}.*")])
     fit.FIT[stage](config, place, begin)
     say(f"{stage:12} done in {time.monotonic() - started:.0f} s: {place}")
 
@@ -174,9 +176,9 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
 
     How data are fed (workers, cache) and where it runs (devices, logging) are left out: they decide nothing. So is
     `trainer.precision` for the VAE and CLIP, which runs on different machines are to share, and what only the U-Net
-    sees (buckets, cached views). Of secrets of the environment they have the names.
+    sees (buckets, cached views). They may hold secrets of the environment, and are written down without.
     """
-    values = redacted(config.model_dump(mode="json"))
+    values = config.model_dump(mode="json")
     feeding = {"batch_size", "num_workers", "cache", "cache_on_device", "max_bad"}
     if stage != "diffusion":
         feeding |= {"buckets", "variants", "cache_dtype"}
@@ -200,7 +202,7 @@ def stage_inputs(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         "accumulate_grad_batches": trainer["accumulate_grad_batches"],
         "precision": trainer["precision"],
         "max_steps": trainer["max_steps"],
-        "vae": redacted(config.frozen_vae) or stage_key(config, "autoencoder"),
+        "vae": config.frozen_vae or stage_key(config, "autoencoder"),
         "text_encoder": values["text_encoder"]["pretrained"] or stage_key(config, "clip"),
         "unet": {key: value for key, value in values["unet"].items() if key != "gradient_checkpointing"},
         "diffusion": values["diffusion"],
@@ -264,7 +266,8 @@ def recorded_pictures(folder: Path) -> str | None:
 
 def record_result(config: TrainConfig, stage: Stage, folder: Path, pictures: str) -> None:
     """Write down what a finished result was made from; the result exists from now on."""
-    content = {"key": stage_key(config, stage), "pictures": pictures, "inputs": stage_inputs(config, stage)}
+    inputs = redacted(stage_inputs(config, stage))
+    content = {"key": stage_key(config, stage), "pictures": pictures, "inputs": inputs}
     save_json(folder / RESULT, content)
 
 
@@ -276,15 +279,14 @@ def _link_result(result: Path, model: Path, part: str) -> None:
     if linked == result.name and all((model / name).is_dir() for name in names):
         return
     if linked != result.name:  # with another part than its U-Net was trained over it is a model no longer
-        for file in ("model_index.json", RESULT):
-            (model / file).unlink(missing_ok=True)
+        for old in ("model_index.json", RESULT):
+            (model / old).unlink(missing_ok=True)
+    remove_unfinished(model.glob(".*"))  # where this was killed
     for name in names:
-        temporary = model / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(result / name, temporary)
-        shutil.rmtree(model / name, ignore_errors=True)
-        temporary.rename(model / name)
-    marker.write_text(result.name, encoding="utf-8")
+        with written_atomically(model / name) as temporary:
+            shutil.copytree(result / name, temporary, dirs_exist_ok=True)
+    with file_written_atomically(marker) as file:
+        file.write(result.name.encode())
 
 
 def _write_run_files(run_dir: Path, config: TrainConfig, overrides: Sequence[str]) -> None:

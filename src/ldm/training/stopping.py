@@ -1,9 +1,7 @@
 """Stop when a person or a cluster asks to: after this step, with a checkpoint that the same command goes on from."""
 
 import os
-import shutil
 import signal
-import subprocess
 from types import FrameType
 from typing import Any
 
@@ -11,9 +9,7 @@ import pytorch_lightning as pl
 
 from ldm import ranks
 from ldm.ranks import main_process
-
-# Exit codes: a cluster's signals, and Ctrl-C.
-CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+from ldm.training.signals import CODES, queue_again
 
 
 class Stopped(Exception):
@@ -43,18 +39,23 @@ class StopOnSignal(pl.Callback):
         self.path = path
         self._got = 0  # the signal
         self._before: dict[int, Any] = {}
-        self._last_step = -1
+        self._last_step, self._between_steps = -1, False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._before = {signum: signal.getsignal(signum) for signum in CODES}
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._restore()
+        if self._got:  # it came after the last look
+            os.kill(os.getpid(), self._got)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._restore()  # Lightning leaves teardown out then
+
+    def _restore(self) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out then
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._got:
@@ -69,37 +70,35 @@ class StopOnSignal(pl.Callback):
         for signum in CODES:  # in place of Lightning's, which are there by now
             signal.signal(signum, self._note)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self._last_step:  # of several batches that make a step only the last ends it
+            self._last_step, self._between_steps = trainer.global_step, True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._between_steps and trainer.global_step < trainer.max_steps:
+            self._heed(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._between_steps:
+            self._between_steps = False
+            self._heed(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         ranks.meet()  # where the first rank draws and measures at last, however long that takes
-        self._heed(trainer)  # what came in the last validation, or while the last grid was drawn
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self._last_step:  # of several batches that make a step only the last ends it
-            return
-        self._last_step = trainer.global_step
         self._heed(trainer)
 
     def _heed(self, trainer: pl.Trainer) -> None:
+        """Stop where a signal has come: figures of the step are logged by now, and not in `on_train_batch_end`."""
         if not (got := self._agreed()):
             return
+        self._got = 0
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
             print(f"stopped after step {trainer.global_step}; the same command goes on from there ({self.path})")
             if got == signal.SIGUSR1:
-                _queue_again()
+                queue_again()
         raise Stopped(CODES[signal.Signals(got)])
 
     def _agreed(self) -> int:
         """Return the signal that any rank has got; 0 for none."""
         return self._got if ranks.peers is None else ranks.peers.largest(self._got)
-
-
-def _queue_again() -> None:
-    """Put this SLURM job into the queue again, where it is one."""
-    job, scontrol = os.environ.get("SLURM_JOB_ID"), shutil.which("scontrol")
-    if job is None or scontrol is None:
-        return
-    done = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True)
-    print(
-        f"job {job} is in the queue again" if done.returncode == 0 else f"scontrol requeue {job}: {done.stderr.strip()}"
-    )
