@@ -60,11 +60,16 @@ class DataModule(pl.LightningDataModule):
         self.content = content
         self.before = 0
 
+    @property
+    def position(self) -> int:
+        """The number of the first batch of the step in hand, on every rank."""
+        assert (trainer := self.trainer) is not None
+        earlier = self.before // (self.batch_size * trainer.world_size)
+        return trainer.global_step * trainer.accumulate_grad_batches + earlier
+
     def train_dataloader(self) -> DataLoader[Any]:
-        trainer = self.trainer
-        assert trainer is not None
-        rank, world_size = trainer.global_rank, trainer.world_size
-        start = trainer.global_step * trainer.accumulate_grad_batches + self.before // (self.batch_size * world_size)
+        assert (trainer := self.trainer) is not None
+        rank, world_size, start = trainer.global_rank, trainer.world_size, self.position
         order = self.order
         if self.overfit_batches:
             few = min(len(self.train), self.overfit_batches * self.batch_size * world_size)

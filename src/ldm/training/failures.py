@@ -33,7 +33,7 @@ def name_samples(trainer: pl.Trainer, micro_batch: int, captions: Sequence[str] 
     """
     loader: Any = trainer.train_dataloader
     batches = copy.copy(loader.batch_sampler)
-    batches.start = trainer.global_step * trainer.accumulate_grad_batches + micro_batch
+    batches.start = trainer.datamodule.position + micro_batch  # type: ignore[attr-defined]
     indices, epochs = zip(*next(iter(batches)), strict=True)
     dataset = loader.dataset.dataset
     pictures = getattr(dataset, "pictures", dataset)  # those that a cache was made of
