@@ -48,6 +48,7 @@ def waiting_run(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_told_who_holds_the_directory_and_takes_over_from_the_dead(tmp_path):
     run_dir = tmp_path / "out" / "shapes"
     with waiting_run(tmp_path) as process:
@@ -65,7 +66,13 @@ def test_a_second_run_is_told_who_holds_the_directory_and_takes_over_from_the_de
     assert f"process {process.pid} " not in (run_dir / ".lock").read_text()
 
 
-@pytest.mark.parametrize("overrides", [["clip.optim.lr=1e30"], ["clip.optim.lr=1e30", "trainer.max_skipped=100"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["clip.optim.lr=1e30"],
+        pytest.param(["clip.optim.lr=1e30", "trainer.max_skipped=100"], marks=pytest.mark.slow),
+    ],
+)
 def test_numbers_that_end_never_reach_a_checkpoint(overrides, tmp_path):
     """Steps that are far too large, with nothing put in anybody's place."""
     done = train(tmp_path, *overrides, "clip.optim.clip_norm=null", "trainer.checkpoint_every=1")
