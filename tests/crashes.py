@@ -266,7 +266,10 @@ class Run:
         return {stage: {each.step} | ({each.writing} - {None}) for stage, each in kept.items()}
 
     def corrupt(self, stage: str) -> None:
-        """Change a byte in the middle of the last checkpoint, as disks do, where there is a whole one before it."""
+        """Change some bytes in the middle of the last checkpoint, as disks do, where there is a whole one before it.
+
+        More than lie between two tensors, where they would mean nothing.
+        """
         folder = self.out / "run" / "checkpoints" / stage
         rows = [
             row["row"] for row in self.rows() if row["stage"] == stage and row["row"] in ("saving", "saved", "damaged")
@@ -274,7 +277,8 @@ class Run:
         if rows[-1:] != ["saved"] or not (folder / "previous.ckpt").exists():
             return
         content = bytearray((folder / "last.ckpt").read_bytes())
-        content[len(content) // 2] ^= 0xFF
+        middle = len(content) // 2
+        content[middle : middle + 256] = bytes(byte ^ 0xFF for byte in content[middle : middle + 256])
         (folder / "last.ckpt").write_bytes(content)
         with Path(f"{self._trace}.0").open("a") as file:
             file.write(json.dumps({"row": "damaged", "stage": stage, "step": 0, "rank": 0}) + "\n")
