@@ -63,12 +63,14 @@ class DataModule(pl.LightningDataModule):
     @property
     def position(self) -> int:
         """The number of the first batch of the step in hand, on every rank."""
-        assert (trainer := self.trainer) is not None
+        trainer = self.trainer
+        assert trainer is not None
         earlier = self.before // (self.batch_size * trainer.world_size)
         return trainer.global_step * trainer.accumulate_grad_batches + earlier
 
     def train_dataloader(self) -> DataLoader[Any]:
-        assert (trainer := self.trainer) is not None
+        trainer = self.trainer
+        assert trainer is not None
         rank, world_size, start = trainer.global_rank, trainer.world_size, self.position
         order = self.order
         if self.overfit_batches:
@@ -211,6 +213,10 @@ class Loader(DataLoader[Any]):
                     batch = next(batches)
                 except StopIteration:
                     return
+                except (OSError, EOFError) as error:  # its memory went with it while a batch was handed over
+                    if not self.num_workers:
+                        raise
+                    raise RuntimeError(f"DataLoader worker has left a batch half handed over ({error}).") from error
             if isinstance(batch, Failure):
                 raise UserError(batch.reason)
             self.waited += time.perf_counter() - asked

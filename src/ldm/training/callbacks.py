@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 
 from ldm.data.images import to_pixels
 from ldm.gallery import grid, save_png
-from ldm.ranks import busy
+from ldm.ranks import busy, meet
 from ldm.training.module import in_eval_mode
 
 
@@ -118,11 +118,11 @@ class SampleGrid(pl.Callback):
         if self.raw and pl_module.ema is not None:
             networks["_raw"] = pl_module.network
         wholes = {suffix: pl_module.whole(network) for suffix, network in networks.items()}
-        if not trainer.is_global_zero:
-            return
-        with busy("drawing samples"):
-            for suffix, network in wholes.items():
-                self._draw(trainer, pl_module, network, suffix)
+        if trainer.is_global_zero:
+            with busy("drawing samples"):
+                for suffix, network in wholes.items():
+                    self._draw(trainer, pl_module, network, suffix)
+        meet()  # what comes next may be an exchange with a limit to its time
 
     def _draw(self, trainer: pl.Trainer, pl_module: Any, network: Any, suffix: str) -> None:
         with in_eval_mode(network):

@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.loops import evaluation_loop, training_epoch_loop
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from ldm import ranks
 from ldm.errors import UserError
 from ldm.training.loggers import drop_rows
 
@@ -79,7 +80,7 @@ class SaveCheckpoint(pl.callbacks.Checkpoint):
     logged, which a run that goes on from there would lack.
 
     A step's validation comes after its checkpoint, so that nothing is lost where validating fails; a run that goes on
-    from there begins with it. The last step's checkpoint is not written here but when all is done.
+    from there begins with it. The last step's checkpoint is written when all else is done.
 
     Args:
         path: of the checkpoint.
@@ -107,10 +108,19 @@ class SaveCheckpoint(pl.callbacks.Checkpoint):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._save(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        save_checkpoint(trainer, self.path)
+
     def _save(self, trainer: pl.Trainer) -> None:
         if self._due:
             self._due = False
-            trainer.save_checkpoint(self.path)
+            save_checkpoint(trainer, self.path)
+
+
+def save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
+    """Write a checkpoint; other ranks wait for the first one, for as long as that takes."""
+    with ranks.busy("writing a checkpoint"):
+        trainer.save_checkpoint(path)
 
 
 def go_on_after_step(trainer: pl.Trainer, validated: bool) -> bool:

@@ -313,7 +313,6 @@ def _fit(
         if isinstance(ended, SIGTERMException):  # Lightning's answer to one, as if all were well
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
-    trainer.save_checkpoint(path)
     return trainer
 
 

@@ -239,6 +239,11 @@ def _run_in_own_process(run_dir: Path, arguments: Sequence[str]) -> tuple[int, s
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to every process of a terminal
     run_dir.mkdir(parents=True, exist_ok=True)
     launcher, handed_on = os.getppid(), False
+
+    def orphaned() -> bool:
+        """Tell whether the launcher of this worker is gone; the launching process itself may outlive its shell."""
+        return _stop is None and os.getppid() != launcher
+
     with (run_dir / "job.log").open("ab") as log, (run_dir / "job.log").open("rb") as said:
         begin = said.seek(0, os.SEEK_END)
         process = subprocess.Popen(
@@ -256,7 +261,7 @@ def _run_in_own_process(run_dir: Path, arguments: Sequence[str]) -> tuple[int, s
             while ended is None:
                 ended = process.poll()
                 _show(said.read(), run_dir.name)
-                asked = _asked_to_stop() or (signal.SIGTERM if os.getppid() != launcher else 0)
+                asked = _asked_to_stop() or (signal.SIGTERM if orphaned() else 0)
                 if asked and not handed_on and ended is None:
                     process.send_signal(asked)
                     handed_on = True
@@ -267,7 +272,7 @@ def _run_in_own_process(run_dir: Path, arguments: Sequence[str]) -> tuple[int, s
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-        if os.getppid() != launcher:  # it is gone, and with it whoever would want another job
+        if orphaned():  # nobody would want another job
             os._exit(143)
         said.seek(begin)
         return ended, said.read().decode(errors="replace")

@@ -111,6 +111,16 @@ class DDP(MeetHere, DDPStrategy):
         self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
 
+def _ends_too(seconds: float) -> bool:
+    """Wait whether this process ends by the same cause; it may take its time, once it needs the others no more."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if ranks.peers is not None and not ranks.peers.met:
+            return True
+        time.sleep(LOOK)
+    return False
+
+
 def observe(processes: Sequence[subprocess.Popen[bytes]], first_rank: int) -> None:
     """Wait until all processes have ended well, or end this one with the first that has not.
 
@@ -122,7 +132,8 @@ def observe(processes: Sequence[subprocess.Popen[bytes]], first_rank: int) -> No
         bad = [(rank, code) for rank, process in enumerate(processes, first_rank) if (code := process.returncode)]
         if bad:
             rank, code = bad[0]
-            time.sleep(10 if code in STOPPED else 1)  # this process may be ending by the same cause
+            if _ends_too(10 if code in STOPPED else 1):
+                return
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
             if ranks.peers is not None:
                 ranks.peers.tell_gone(rank, how)

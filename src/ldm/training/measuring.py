@@ -12,7 +12,7 @@ from ldm.evaluation.asking import name
 from ldm.evaluation.evaluate import METRICS, check_subject
 from ldm.evaluation.plots import best
 from ldm.evaluation.subject import Setting, Subject
-from ldm.ranks import busy, main_process
+from ldm.ranks import busy, main_process, meet
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.module import in_eval_mode
 from ldm.training.stages import result_folder
@@ -65,14 +65,17 @@ class Measure(pl.Callback):
         self._last_step = step
         networks = {each: pl_module.evaluated if each == "ema" else pl_module.network for each in self.weights}
         wholes = {weights: pl_module.whole(network) for weights, network in networks.items()}
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._log(trainer, pl_module, wholes, step)
+        meet()  # what comes next may be an exchange with a limit to its time
+
+    def _log(self, trainer: pl.Trainer, module: DiffusionModule, wholes: Mapping[Any, Any], step: int) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             figures: dict[str, float] = {}
             with busy("measuring"):
                 for weights, unet in wholes.items():
-                    figures |= self._measured(pl_module, unet, weights, step)
+                    figures |= self._measured(module, unet, weights, step)
         except (UserError, OSError) as error:  # such as latents that are not finite: training may be well
             if full_disk(error):  # figures that belong to this step would be missing for good
                 raise

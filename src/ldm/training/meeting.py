@@ -7,6 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning_fabric.plugins.environments import LightningEnvironment
 
+from ldm.ranks import meet
+
 HERE = "127.0.0.1"
 
 
@@ -16,6 +18,10 @@ class MeetHere:
     PyTorch's meeting place listens at all addresses of a machine, and gloo at that of its name. MASTER_ADDR and
     GLOO_SOCKET_IFNAME say otherwise, as do torchrun and SLURM.
     """
+
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        meet()  # for as long as the first rank writes; Lightning's own barrier has a limit
 
     def setup_environment(self: Any) -> None:
         environment = self.cluster_environment

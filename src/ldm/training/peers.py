@@ -41,10 +41,11 @@ class Clock:
     Args:
         timeout: seconds without any rank going on, before those that are behind are taken to hang.
         now: in seconds, of a clock that only goes forward.
+        sees_all: whether it is told of all ranks; else it only tells of silence, for who waits for whom is not known.
     """
 
-    def __init__(self, timeout: float, now: float) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float, now: float, sees_all: bool = True) -> None:
+        self.timeout, self.sees_all = timeout, sees_all
         self._last_look = self._since = now
         self._places: list[Any] = []
         self._heard: dict[int, tuple[int, float]] = {}  # of each rank its last beat, and when it came
@@ -66,7 +67,7 @@ class Clock:
         places = [beat["place"] for beat in beats.values()]
         if paused or places != self._places or any(beat["busy"] for beat in beats.values()):
             self._places, self._since = places, now
-        elif now - self._since > self.timeout:
+        elif self.sees_all and now - self._since > self.timeout:
             # The others wait for it: at a later place, or at the same one in a collective call.
             rank = min(beats, key=lambda each: (beats[each]["place"], beats[each]["waits"]))
             return rank, f"{_name(rank, beats[rank])} hangs: for {now - self._since:.0f} s no rank has gone on; it is "
@@ -183,7 +184,7 @@ class Peers:
         return [rank for rank in everyone if before[rank]["number"] == after[rank]["number"]]
 
     def _watch(self) -> None:
-        clock = Clock(self.timeout, time.monotonic())
+        clock = Clock(self.timeout, time.monotonic(), sees_all=self.rank == 0)
         whom = range(self.world_size) if self.rank == 0 else [0]
         while True:
             time.sleep(BEAT)

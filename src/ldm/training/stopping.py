@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from ldm import ranks
 from ldm.ranks import main_process
+from ldm.training.checkpointing import save_checkpoint
 from ldm.training.signals import CODES, queue_again
 
 
@@ -77,6 +78,8 @@ class StopOnSignal(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._between_steps and trainer.global_step < trainer.max_steps:
             self._heed(trainer)
+        else:
+            ranks.meet()  # the first rank may have drawn and measured after the last step
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._between_steps:
@@ -92,7 +95,7 @@ class StopOnSignal(pl.Callback):
         if not (got := self._agreed()):
             return
         self._got = 0
-        trainer.save_checkpoint(self.path)
+        save_checkpoint(trainer, self.path)
         if trainer.is_global_zero:
             print(f"stopped after step {trainer.global_step}; the same command goes on from there ({self.path})")
             if got == signal.SIGUSR1:
