@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from ldm.config import Trainer
 from ldm.errors import UserError
 from ldm.training import stages
-from ldm.training.launching import placed
+from ldm.training.launching import environment, placed
 from runs import ROOT, TINY, compose_values, tiny_config
 
 # ------------------------------------------------------------------------------------- who says how many there are
@@ -48,6 +49,17 @@ def test_processes_are_as_many_as_were_started(variables, trainer, monkeypatch):
 )
 def test_alone_they_are_as_many_as_the_config_says(overrides, found, monkeypatch):
     assert place(monkeypatch, {}, *overrides) == found
+
+
+def test_in_a_job_of_one_task_the_first_process_starts_the_others(monkeypatch):
+    """As `sbatch --gpus=8` with `python train.py trainer=ddp` has it."""
+    devices, nodes = place(monkeypatch, {"SLURM_NTASKS": "1"}, "trainer=ddp", "trainer.devices=2")
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=devices, num_nodes=nodes, strategy="ddp", plugins=environment(), logger=False
+    )
+    assert type(trainer.strategy.cluster_environment).__name__ == "LightningEnvironment"
+    place(monkeypatch, SRUN, "trainer=slurm")
+    assert environment() == []
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from ldm.training.feed import (
     say_what_is_cut,
     warn_of_other_pictures,
 )
-from ldm.training.launching import build_strategy, placed
+from ldm.training.launching import build_strategy, environment, placed
 from ldm.training.loggers import drop_rows
 from ldm.training.measuring import Measure
 from ldm.training.module import StageModule
@@ -253,7 +253,7 @@ def build_trainer(config: TrainConfig, module: StageModule, *callbacks: pl.Callb
                 *callbacks,
                 StopOnSignal(path),  # after all that the end of training brings with it
             ],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *environment()],
             default_root_dir=config.run_dir,
             enable_model_summary=False,
             use_distributed_sampler=False,

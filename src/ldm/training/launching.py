@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -61,6 +62,14 @@ def _started() -> tuple[str | None, int, int]:
     if tasks > 1 and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         return "srun" if "SLURM_STEP_ID" in environment else "SLURM", tasks, int(environment.get("SLURM_NNODES", "1"))
     return None, 1, 1
+
+
+def environment() -> list[LightningEnvironment]:
+    """Return what Lightning is to know of how the processes come about, where it would guess wrongly.
+
+    It takes a job of SLURM with one task for processes that SLURM has started, and would start no others.
+    """
+    return [LightningEnvironment()] if "SLURM_NTASKS" in os.environ and _started()[0] is None else []
 
 
 def _is_several(options: Trainer) -> bool:

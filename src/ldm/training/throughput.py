@@ -18,7 +18,7 @@ class Throughput(pl.Callback):
     | `utilization` | of the rate at which the device multiplies large matrices, measured once; in [0, 1] |
     | `data_wait` | share of the time in which the loader was waited for, in [0, 1] |
 
-    The time is that of steps and of waiting for their batches; validation, previews and checkpoints are no part of it.
+    The time is that of steps, of waiting for their batches and of writing checkpoints, not of validation and previews.
     It is the host's: no step waits for the device on this account. The first batch of a run warms up and does not
     count. Operations are counted for the pictures of the batch at hand, once (buckets are of about one size).
 
