@@ -89,13 +89,22 @@ def draw_crash(rng: random.Random, scenario: str, has_small_disk: bool, duration
     return Crash(event, phase, stage, step=rng.randrange(3 if phase in OUTSIDE else 6), rank=rank)
 
 
+def place_in_run(crash: Crash) -> tuple[int, int]:
+    """Return about when in a run an interruption happens; those that may happen at any moment come first."""
+    if not crash.phase:
+        return 0, 0
+    step = {"caching": -1, "exporting": 10}.get(crash.phase, crash.step)
+    return 1 + STAGES.index(crash.stage), step
+
+
 def one_round(seed: int, folder: Path, whole: dict[str, tuple[Run, float]], sets: Path) -> tuple[str, Outcome]:
     rng = random.Random(seed)
     scenario = rng.choice(list(whole))
     run, duration = whole[scenario]
     place = folder / f"round-{seed}"
     with small_disk(place / "disk") as mounted:
-        crashes = [draw_crash(rng, scenario, mounted, duration) for _ in range(rng.randint(2, 5))]
+        crashes = [draw_crash(rng, scenario, mounted, duration) for _ in range(rng.randint(3, 8))]
+        crashes.sort(key=place_in_run)  # else most would come too late to happen
         outcome = interrupted(Run(scenario, place, sets, disk=place / "disk"), run, crashes)
     if outcome.kept:
         shutil.rmtree(place)
