@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,11 @@ def use_checkpoints(folder: Path) -> None:
         if found := newest_whole(folder):
             AtomicCheckpointIO().load_checkpoint(found[0])["state_dict"]
 
-    everyone(resume, partial(read_header, folder / "alone.ckpt"))
+    def read() -> None:
+        with suppress(FileNotFoundError):  # which says that there is none
+            read_header(folder / "alone.ckpt")
+
+    everyone(resume, read)
 
 
 def make_averages(folder: Path) -> None:

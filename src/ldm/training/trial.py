@@ -3,7 +3,6 @@
 Networks that will be trained are built, those that are there are loaded: both cost the same.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from ldm.data.pictures import Pictures
 from ldm.nn.autoencoder import AutoencoderKL
 from ldm.training import fit
 from ldm.training.autoencoder import AutoencoderModule
+from ldm.training.checkpointing import SaveCheckpoint
 from ldm.training.clip import ClipModule
 from ldm.training.compiling import compile_blocks
 from ldm.training.diffusion import DiffusionModule
@@ -65,10 +65,12 @@ def build_module(config: TrainConfig, stage: Stage, vae: Any, conditioner: Condi
 def trial_trainer(config: TrainConfig, module: StageModule, steps: int, *callbacks: pl.Callback) -> pl.Trainer:
     """Build a trainer of a few steps in this process, which logs, saves and validates nothing."""
     one = {"max_steps": steps, "devices": 1, "num_nodes": 1, "strategy": "auto", "accumulate_grad_batches": 1}
-    alone = config.trainer.model_copy(update={**one, "checkpoint_every": sys.maxsize})
+    alone = config.trainer.model_copy(update=one)
     module.max_steps = steps
     quiet = config.model_copy(update={"trainer": alone, "logger": {}, "callbacks": {}})
     trainer = fit.build_trainer(quiet, module, *callbacks)
+    built: Any = trainer
+    built.callbacks = [callback for callback in built.callbacks if not isinstance(callback, SaveCheckpoint)]
     trainer.limit_val_batches = 0
     module.to(memory_format=torch.channels_last)
     if config.trainer.compile:
