@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.data import datamodule
 from ldm.training.checkpointing import AtomicCheckpointIO
@@ -288,9 +287,7 @@ class Sabotage(pl.Callback):
     def __init__(self, what: str) -> None:
         assert what in SABOTAGES, what
         self.what = what
-        if what == "writing":  # as Lightning does it by itself
-            AtomicCheckpointIO.save_checkpoint = TorchCheckpointIO.save_checkpoint  # type: ignore[method-assign]
-        elif what == "writing in place":
+        if what == "writing in place":
             AtomicCheckpointIO.save_checkpoint = _write_in_place  # type: ignore[method-assign]
         elif what == "position":  # the data begin again, as they do where no position is saved
             datamodule.EndlessBatches = _from_the_start(datamodule.EndlessBatches)  # type: ignore[misc]
@@ -307,7 +304,7 @@ class Sabotage(pl.Callback):
             pl_module.generator = lambda batch_idx: source
 
 
-SABOTAGES = ("writing", "writing in place", "position", "optimizer", "average", "draws")
+SABOTAGES = ("writing in place", "position", "optimizer", "average", "draws")
 
 
 def _write_in_place(self: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
