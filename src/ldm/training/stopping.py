@@ -94,7 +94,6 @@ class StopOnSignal(pl.Callback):
         """Stop where a signal has come: figures of the step are logged by now, and not in `on_train_batch_end`."""
         if not (got := self._agreed()):
             return
-        self._got = 0
         save_checkpoint(trainer, self.path)
         if trainer.is_global_zero:
             print(f"stopped after step {trainer.global_step}; the same command goes on from there ({self.path})")
